@@ -1,0 +1,1 @@
+"""The PyTorch backend; `backend.TorchBackend` is its entry point."""

@@ -1,0 +1,400 @@
+"""THE SEAM: what crosses between the core and a backend, and nothing else does.
+
+It is one optimizer step wide. NumPy goes in, a handle to a few floats comes out. The core owns
+configuration, names, initial weights, data order, lr(step), the loop, files and plans; a backend
+owns the decoder, its gradients, the optimizer and the device. `solollm.testing.conformance` is the
+executable definition of this page; `solollm.testing.toy` is the smallest backend that passes it.
+
+Shapes: B rows of the global batch, T positions, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal, NamedTuple, Protocol
+
+import numpy as np
+
+from solollm.architecture import ModelConfig
+from solollm.config import OptimizerTable
+from solollm.errors import BackendError
+
+IGNORED = -100  # the label of a position without a target
+
+DType = Literal["F32", "F16", "BF16", "I16", "I32", "U8"]
+ITEM_BYTES: Mapping[str, int] = {"F32": 4, "F16": 2, "BF16": 2, "I16": 2, "I32": 4, "U8": 1}
+BITS_DTYPE: Mapping[str, type[np.generic]] = {
+    "F32": np.float32, "F16": np.float16, "BF16": np.uint16, "I16": np.int16,
+    "I32": np.int32, "U8": np.uint8,
+}  # fmt: skip
+Objective = Literal["lm", "dpo", "grpo"]
+ComputeDType = Literal["float32", "bfloat16", "float16"]
+FinishReason = Literal["stop", "length", "cancelled"]
+
+
+class HostTensor(NamedTuple):
+    """A tensor as bits on the host. `data` is C-contiguous with dtype `BITS_DTYPE[dtype]` (bf16 as
+    uint16: NumPy has none) and shape `shape`."""
+
+    dtype: DType
+    shape: tuple[int, ...]
+    data: np.ndarray
+
+    @classmethod
+    def of(cls, array: np.ndarray) -> HostTensor:
+        """Wrap a float32, float16, int16, int32 or uint8 array (uint16 is not guessed as bf16)."""
+        tags: dict[str, DType] = {
+            "float32": "F32", "float16": "F16", "int16": "I16", "int32": "I32", "uint8": "U8",
+        }  # fmt: skip
+        tag = tags.get(array.dtype.name)
+        if tag is None:
+            raise BackendError(f"no host tensor dtype for NumPy {array.dtype.name}")
+        return cls(tag, tuple(array.shape), np.ascontiguousarray(array).reshape(array.shape))
+
+    def float32(self) -> np.ndarray:
+        """The values as float32 (bf16 and fp16 are widened exactly)."""
+        if self.dtype == "BF16":
+            widened: np.ndarray = (self.data.astype(np.uint32) << 16).view(np.float32)
+            return widened
+        return self.data.astype(np.float32)
+
+
+class TensorSource(Protocol):
+    """Named tensors read one at a time: a checkpoint file, a snapshot, a dict in a test."""
+
+    def names(self) -> Sequence[str]: ...
+    def read(self, name: str) -> HostTensor: ...
+
+
+class DictSource:
+    """A `TensorSource` over a mapping."""
+
+    def __init__(self, tensors: Mapping[str, HostTensor]) -> None:
+        self._tensors = tensors
+
+    @classmethod
+    def collect(cls, pairs: Iterable[tuple[str, HostTensor]]) -> DictSource:
+        """Hold every pair; copies, so that the producer may go on."""
+        return cls({n: HostTensor(t.dtype, t.shape, t.data.copy()) for n, t in pairs})
+
+    def names(self) -> Sequence[str]:
+        return list(self._tensors)
+
+    def read(self, name: str) -> HostTensor:
+        return self._tensors[name]
+
+
+@dataclass(frozen=True)
+class Batch:
+    """The GLOBAL batch of one optimizer step.
+
+    Attributes:
+        input_ids: int32 [B, T].
+        labels: int32 [B, T]; the target of position t, already shifted; -100 = no target.
+        segment_ids: int32 [B, T] or None; attention stays within equal ids of a row (documents are
+            contiguous and ids never decrease along a row). None: plain causal.
+        denominator: what the summed loss is divided by; the core sets it for the whole batch, so a
+            session returns sum / denominator and never a mean of means.
+        token_weights: float32 [B, T], a factor per target.
+        reference_logprobs, advantages: float32 [B, T]; DPO's and GRPO's.
+        pair_ids: int32 [B]; rows 2k and 2k+1 are chosen and rejected of pair k, never split.
+
+    Every rank receives the same global batch and takes a contiguous slice of rows.
+    """
+
+    input_ids: np.ndarray
+    labels: np.ndarray
+    denominator: float
+    segment_ids: np.ndarray | None = None
+    token_weights: np.ndarray | None = None
+    reference_logprobs: np.ndarray | None = None
+    advantages: np.ndarray | None = None
+    pair_ids: np.ndarray | None = None
+
+    @property
+    def num_targets(self) -> int:
+        return int((self.labels != IGNORED).sum())
+
+
+class StepMetrics(NamedTuple):
+    """loss in nats per token; grad_norm before clipping; targets; skipped: a non-finite step."""
+
+    loss: float
+    grad_norm: float
+    tokens: int
+    skipped: bool
+
+
+class PendingMetrics(ABC):
+    """A step under way. `result()` is the only host-device synchronisation of training."""
+
+    @abstractmethod
+    def result(self) -> StepMetrics: ...
+
+
+class MemoryStats(NamedTuple):
+    """Bytes on the compute device now and at the session's peak (on CPU: of the process)."""
+
+    current_bytes: int
+    peak_bytes: int
+
+
+class Snapshot(ABC):
+    """A session's state at one step. Safe to stream on another thread while training goes on.
+
+    `optimizer()` yields `exp_avg.<name>`, `exp_avg_sq.<name>`, `momentum_buffer.<name>`; 8-bit
+    states yield U8 codes under that name and fp32 `<state>.<name>.absmax` (see `optim_codec`).
+    """
+
+    session_state: Mapping[str, int | float]
+
+    @abstractmethod
+    def parameters(self) -> Iterator[tuple[str, HostTensor]]:
+        """Masters in table order, one tensor live at a time."""
+
+    @abstractmethod
+    def optimizer(self) -> Iterator[tuple[str, HostTensor]]: ...
+
+    @abstractmethod
+    def parameter_specs(self) -> Sequence[tuple[str, DType, tuple[int, ...]]]:
+        """What `parameters()` will yield, so that a file's header can be written first."""
+
+    @abstractmethod
+    def optimizer_specs(self) -> Sequence[tuple[str, DType, tuple[int, ...]]]: ...
+
+    def close(self) -> None:  # noqa: B027
+        """Release what the snapshot holds."""
+
+
+@dataclass(frozen=True)
+class SessionOptions:
+    """How a session trains; everything that is neither the model nor the plan."""
+
+    optimizer: OptimizerTable
+    seed: int = 0
+    objective: Objective = "lm"
+    adapter: Mapping[str, object] | None = None
+    backend_options: Mapping[str, bool | int | float | str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What the planner decided for this machine; stored beside the run."""
+
+    micro_batch_size: int
+    activation_checkpointing: bool
+    compute_dtype: ComputeDType
+    seq_len: int
+    batch_size: int
+    memory_bytes: Mapping[str, int] = field(default_factory=dict)
+    memory_limit_bytes: int = 0
+
+
+@dataclass(frozen=True)
+class MemoryCosts:
+    """A backend's coefficients for the planner, in bytes.
+
+    `fixed` once; `per_parameter` for masters, gradients and optimizer; `per_token` of a
+    micro-batch with and without activation checkpointing (all layers); `loss_chunk` once.
+    """
+
+    fixed_bytes: int
+    per_parameter_bytes: float
+    per_token_bytes: float
+    per_token_checkpointed_bytes: float
+    loss_chunk_bytes: int
+
+
+class Probe(NamedTuple):
+    """What is known of a backend without importing its framework."""
+
+    available: bool
+    reason: str
+    device: str
+    priority: int
+
+
+@dataclass(frozen=True)
+class Capabilities:
+    """What a backend can do here, as data."""
+
+    device: str
+    train_dtypes: tuple[ComputeDType, ...]
+    preferred_dtype: ComputeDType
+    objectives: tuple[Objective, ...]
+    optimizers: tuple[str, ...]
+    state_bits: tuple[int, ...] = (32,)
+    adapters: tuple[str, ...] = ()
+    multi_device: bool = False
+    versions: Mapping[str, str] = field(default_factory=dict)
+
+
+class TrainSession(ABC):
+    """Parameters and optimizer, living on a device. Never holds the trainer."""
+
+    rank: int = 0
+    world_size: int = 1
+
+    @abstractmethod
+    def train_step(self, batch: Batch, *, lr: float) -> PendingMetrics:
+        """Forward, backward, clip, update. A non-finite step leaves the state as it was and
+        reports `skipped`."""
+
+    @abstractmethod
+    def probe_step(self, batch: Batch) -> StepMetrics:
+        """Forward and backward that change nothing."""
+
+    @abstractmethod
+    def eval_step(self, batch: Batch) -> tuple[float, int]:
+        """(summed negative log-likelihood in nats, number of targets)."""
+
+    @abstractmethod
+    def token_logprobs(self, batch: Batch, *, adapter: bool = True) -> np.ndarray:
+        """float32 [B, T]: log p(label) at each position, 0 where there is no target."""
+
+    @abstractmethod
+    def engine(self, options: EngineOptions) -> Engine:
+        """An engine over the session's own weights, valid until the next `train_step`."""
+
+    @abstractmethod
+    def snapshot(self) -> Snapshot: ...
+
+    @abstractmethod
+    def import_parameters(self, source: TensorSource) -> None:
+        """Take every parameter. Raises IntegrityError naming missing, unexpected and misshapen."""
+
+    @abstractmethod
+    def import_optimizer(self, source: TensorSource, state: Mapping[str, int | float]) -> None:
+        """Take the optimizer's tensors and `session_state`; the same errors."""
+
+    @property
+    @abstractmethod
+    def session_state(self) -> Mapping[str, int | float]:
+        """`updates`: optimizer updates applied; loss scale and its counter; lagged norm."""
+
+    @abstractmethod
+    def memory(self) -> MemoryStats: ...
+
+    @abstractmethod
+    def close(self) -> None: ...
+
+
+@dataclass(frozen=True)
+class SamplingParams:
+    """temperature 0 is greedy. `seed` makes a request's tokens a function of (weights, prompt)."""
+
+    temperature: float = 0.0
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    seed: int = 0
+
+
+# (token ids so far, float32 [V] logits) -> float32 [V]; runs on the host.
+LogitsProcessor = Callable[[Sequence[int], np.ndarray], np.ndarray]
+
+
+@dataclass(frozen=True)
+class Request:
+    """One sequence to continue. `prompt_ids` must not be empty. With `score_prompt` the first
+    event carries the log-probability of every prompt token but the first."""
+
+    prompt_ids: Sequence[int]
+    max_new_tokens: int
+    sampling: SamplingParams = SamplingParams()
+    stop_ids: frozenset[int] = frozenset()
+    score_prompt: bool = False
+    logits_processors: Sequence[LogitsProcessor] = ()
+    adapter: str | None = None
+
+
+class PromptScores(NamedTuple):
+    """For prompt tokens 1..n-1: float32 log-probabilities, and whether each was the argmax."""
+
+    logprobs: np.ndarray
+    is_greedy: np.ndarray
+
+
+class TokenEvent(NamedTuple):
+    """One new token of one request; `token` is -1 where a request ends without one (a scored
+    prompt with max_new_tokens 0, a cancelled request)."""
+
+    request_id: int
+    token: int
+    logprob: float
+    finish_reason: FinishReason | None
+    prompt_scores: PromptScores | None = None
+
+
+class Decoder(ABC):
+    """Continuous batched decoding. Requests may join and leave between steps."""
+
+    @abstractmethod
+    def add(self, request: Request) -> int:
+        """Queue a request. Raises ConfigError for an empty or too long prompt or a bad id."""
+
+    @abstractmethod
+    def step(self) -> list[TokenEvent]:
+        """Advance every active request by one token; [] when nothing is left."""
+
+    @abstractmethod
+    def cancel(self, request_id: int) -> None: ...
+
+
+@dataclass(frozen=True)
+class EngineOptions:
+    """`max_batch_size` sequences at once, up to `max_seq_len` tokens each (0: the model's).
+    `vocab_size`: ids from here on are padding rows and are never sampled (0: none)."""
+
+    max_batch_size: int = 8
+    max_seq_len: int = 0
+    vocab_size: int = 0
+    compute_dtype: ComputeDType | Literal["auto"] = "auto"
+    backend_options: Mapping[str, bool | int | float | str] = field(default_factory=dict)
+
+
+class Engine(ABC):
+    """Weights ready to generate. `generate`, `stream` and `loglikelihood` are written once on top
+    of it, in `solollm.generation`."""
+
+    model: ModelConfig
+    options: EngineOptions
+
+    @abstractmethod
+    def open(self) -> Decoder: ...
+
+    def close(self) -> None:  # noqa: B027
+        """Release the weights."""
+
+
+class Backend(ABC):
+    """One per entry point of the group `solollm.backends`. Constructing it imports no framework;
+    its methods may."""
+
+    name: str
+
+    @classmethod
+    @abstractmethod
+    def probe(cls) -> Probe:
+        """Availability without importing the framework, in under 50 ms."""
+
+    @abstractmethod
+    def capabilities(self) -> Capabilities: ...
+
+    @abstractmethod
+    def memory_costs(
+        self, model: ModelConfig, options: SessionOptions, compute_dtype: ComputeDType
+    ) -> MemoryCosts: ...
+
+    @abstractmethod
+    def train_session(
+        self, model: ModelConfig, options: SessionOptions, plan: Plan
+    ) -> TrainSession:
+        """A session with the core's initial weights of `options.seed`."""
+
+    @abstractmethod
+    def engine(self, checkpoint: Path, options: EngineOptions) -> Engine: ...
