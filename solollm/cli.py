@@ -1,0 +1,93 @@
+"""The `solollm` command: a group that loads each subcommand when it is used, and the exit codes.
+
+A subcommand `x` is `solollm/commands/x.py` and its object `command`; the table below holds the
+short helps, so that `solollm --help` imports none of them.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Sequence
+from importlib import import_module
+
+import click
+
+from solollm import __version__
+from solollm.errors import nearest
+
+COMMANDS = {
+    "quickstart": "The whole life of a small model in a few minutes, offline.",
+    "doctor": "What this machine can do, and what to change.",
+    "data": "Build a corpus from files, folders and datasets.",
+    "tokenizer": "Train a tokenizer, or look at one.",
+    "pretrain": "Train a model from scratch, or from a checkpoint's weights.",
+    "resume": "Continue an interrupted run.",
+    "generate": "Complete a prompt.",
+    "chat": "Talk to a model.",
+    "runs": "List, show and verify runs.",
+    "verify": "Prove that killed runs resume to the same bits.",
+    "bench": "Measure training speed against other stacks.",
+}
+
+
+class LazyGroup(click.Group):
+    """A group over `COMMANDS`."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return list(COMMANDS)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        if cmd_name not in COMMANDS:
+            return None
+        command: click.Command = import_module(f"solollm.commands.{cmd_name}").command
+        return command
+
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        if args[0] not in COMMANDS and not args[0].startswith("-"):
+            hint = nearest(args[0], COMMANDS) or "`solollm --help` lists them"
+            raise click.UsageError(f"unknown command {args[0]!r}: {hint}", ctx)
+        return super().resolve_command(ctx, args)
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        with formatter.section("Commands"):
+            formatter.write_dl(list(COMMANDS.items()))
+
+
+_EPILOG = """\b
+Example:
+  solollm quickstart
+\b
+Shell completion:
+  eval "$(_SOLOLLM_COMPLETE=bash_source solollm)"      (bash, in ~/.bashrc)
+  eval "$(_SOLOLLM_COMPLETE=zsh_source solollm)"       (zsh, in ~/.zshrc)
+  _SOLOLLM_COMPLETE=fish_source solollm | source       (fish)
+"""
+
+
+@click.group(
+    cls=LazyGroup, epilog=_EPILOG, context_settings={"help_option_names": ["-h", "--help"]}
+)
+@click.version_option(__version__, prog_name="solollm")
+def command() -> None:
+    """One developer, one machine, one language model."""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line; every ending has its exit code (see `solollm.errors`)."""
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    try:
+        outcome = command.main(args=words, prog_name="solollm", standalone_mode=False)
+        sys.stdout.flush()
+    except BrokenPipeError:  # `solollm runs list | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 128 + 13
+    except BaseException as error:
+        if isinstance(error, SystemExit):
+            raise
+        from solollm.commands.errors_shown import show_error
+
+        return show_error(error, as_json="--json" in words)
+    return outcome if isinstance(outcome, int) else 0
