@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from importlib import import_module
 
 import click
+from click.shell_completion import CompletionItem
 
 from solollm import __version__
 from solollm.errors import nearest
@@ -51,6 +52,14 @@ class LazyGroup(click.Group):
             raise click.UsageError(f"unknown command {args[0]!r}: {hint}", ctx)
         return super().resolve_command(ctx, args)
 
+    def shell_complete(self, ctx: click.Context, incomplete: str) -> list[CompletionItem]:
+        names = [
+            CompletionItem(name, help=short_help)
+            for name, short_help in COMMANDS.items()
+            if name.startswith(incomplete)
+        ]
+        return [*names, *click.Command.shell_complete(self, ctx, incomplete)]
+
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         with formatter.section("Commands"):
             formatter.write_dl(list(COMMANDS.items()))
@@ -83,11 +92,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         sys.stdout.flush()
     except BrokenPipeError:  # `solollm runs list | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 128 + 13
+        return 1
     except BaseException as error:
         if isinstance(error, SystemExit):
             raise
-        from solollm.commands.errors_shown import show_error
+        from solollm.commands.errors_shown import show_error  # rich loads only now
 
         return show_error(error, as_json="--json" in words)
     return outcome if isinstance(outcome, int) else 0

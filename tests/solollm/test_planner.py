@@ -1,0 +1,148 @@
+"""What fits: the order of choices, the table of bytes, the cheapest remedy."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from solollm.architecture import ModelConfig
+from solollm.backend import Backend, Capabilities, ComputeDType, MemoryCosts, Probe, SessionOptions
+from solollm.config import OptimizerTable, RunConfig, parse_config
+from solollm.dial import preset
+from solollm.errors import ConfigError, PlanError
+from solollm.hardware import Gpu, Machine
+from solollm.planner import Plan, format_bytes, memory_limit_bytes, plan
+
+MIB = 1 << 20
+MODEL = preset("15m", 8192)
+
+
+class _Costs(Backend):
+    """A backend whose memory is a plain formula: 16 (or 10 with 8-bit states) bytes a parameter,
+    1 MiB per token, 64 KiB per checkpointed token; half of the tokens' in bfloat16."""
+
+    name = "costs"
+    dtypes: tuple[ComputeDType, ...] = ("float32", "bfloat16")
+
+    @classmethod
+    def probe(cls) -> Probe:
+        return Probe(True, "", "cpu", 0)
+
+    def capabilities(self) -> Capabilities:
+        return Capabilities("cpu", self.dtypes, "float32", ("lm",), ("adamw",), (32, 8))
+
+    def memory_costs(
+        self, model: ModelConfig, options: SessionOptions, compute_dtype: ComputeDType
+    ) -> MemoryCosts:
+        per_parameter = 16 if options.optimizer.state_bits == 32 else 10
+        width = 1.0 if compute_dtype == "float32" else 0.5
+        return MemoryCosts(100 * MIB, per_parameter, width * MIB, width * MIB / 16, 8 * MIB)
+
+    def train_session(self, *_: Any) -> Any:
+        raise NotImplementedError
+
+    def engine(self, *_: Any) -> Any:
+        raise NotImplementedError
+
+
+FIXED = 108 * MIB + 16 * MODEL.num_parameters()  # framework, loss, weights
+
+
+def _machine(free_bytes: float) -> Machine:
+    """A machine on which exactly `free_bytes` may be planned with."""
+    return Machine("Linux 6", "x86_64", "cpu", 2, 2, 1 << 40, int(free_bytes / 0.9) + 1)
+
+
+def _plan(free_bytes: float, batch_size: int = 8, **train: Any) -> Plan:
+    config = parse_config({"train": train}) if train else RunConfig()
+    options = SessionOptions(OptimizerTable())
+    return plan(
+        MODEL, options, config, _Costs(), batch_size=batch_size, seq_len=256,
+        machine=_machine(free_bytes),
+    )  # fmt: skip
+
+
+def test_room_for_everything_runs_the_batch_whole() -> None:
+    """A micro-batch smaller than needed: more launches for nothing."""
+    chosen = _plan(FIXED + 8 * 256 * MIB)
+    assert (chosen.micro_batch_size, chosen.activation_checkpointing) == (8, False)
+    assert chosen.compute_dtype == "float32"
+    assert sum(chosen.memory_bytes.values()) <= chosen.memory_limit_bytes
+
+
+def test_one_byte_less_halves_the_micro_batch() -> None:
+    """The limit compared wrongly, or activations not counted per row."""
+    assert _plan(FIXED + 8 * 256 * MIB - MIB).micro_batch_size == 4
+
+
+def test_checkpointing_comes_only_when_one_row_does_not_fit() -> None:
+    """A third of the speed given away although a smaller micro-batch would have fitted."""
+    plain = _plan(FIXED + 256 * MIB)
+    assert (plain.micro_batch_size, plain.activation_checkpointing) == (1, False)
+    tight = _plan(FIXED + 255 * MIB)
+    assert (tight.micro_batch_size, tight.activation_checkpointing) == (8, True)
+
+
+def test_a_batch_that_is_no_power_of_two_is_cut_into_powers() -> None:
+    """Micro-batch sizes 12, 8, 4, 2, 1 for a batch of 12."""
+    assert _plan(FIXED + 12 * 256 * MIB, batch_size=12).micro_batch_size == 12
+    assert _plan(FIXED + 11 * 256 * MIB, batch_size=12).micro_batch_size == 8
+
+
+def test_settings_given_are_kept() -> None:
+    """The planner overruling the user."""
+    chosen = _plan(1e12, micro_batch_size=2, activation_checkpointing=True)
+    assert (chosen.micro_batch_size, chosen.activation_checkpointing) == (2, True)
+    assert _plan(1e12, compute_dtype="bfloat16").compute_dtype == "bfloat16"
+
+
+def test_untrainable_dtype_is_a_config_error() -> None:
+    """fp16 accepted on a backend that cannot scale its loss."""
+    with pytest.raises(ConfigError, match="float16"):
+        _plan(1e12, compute_dtype="float16")
+
+
+@pytest.mark.parametrize(
+    ("free_bytes", "train", "fix"),
+    [
+        (FIXED + 20 * MIB, {"activation_checkpointing": False}, "leave micro-batch"),
+        (FIXED + 10 * MIB, {}, "train.compute_dtype=bfloat16"),
+        (FIXED - 10 * MIB, {}, "optimizer.state_bits=8"),
+        (1 * MIB, {}, "no setting makes it fit"),
+    ],
+)
+def test_what_does_not_fit_names_the_cheapest_change(
+    free_bytes: float, train: dict[str, Any], fix: str
+) -> None:
+    """A refusal without a way out, or one that costs more than needed."""
+    with pytest.raises(PlanError) as caught:
+        _plan(free_bytes, **train)
+    assert fix in caught.value.fix
+    assert "activations" in caught.value.why
+    assert caught.value.exit_code == 4
+
+
+def test_a_smaller_preset_is_the_last_resort() -> None:
+    """A 7B model on a laptop answered with settings that cannot help."""
+    with pytest.raises(PlanError) as caught:
+        plan(
+            preset("7b", 8192), SessionOptions(OptimizerTable()), RunConfig(), _Costs(),
+            batch_size=1, seq_len=256, machine=_machine(4 << 30),
+        )  # fmt: skip
+    assert "--preset 350m" in caught.value.fix
+
+
+def test_memory_limit_follows_the_device() -> None:
+    """The second card's work planned with the first card's memory, or with the RAM."""
+    gpus = (Gpu("a", "nvidia", 24 << 30, 20 << 30), Gpu("b", "nvidia", 12 << 30, 10 << 30))
+    machine = Machine("Linux", "x86_64", "cpu", 1, 1, 64 << 30, 50 << 30, gpus)
+    assert memory_limit_bytes("cuda:0", machine) == int(0.9 * (20 << 30))
+    assert memory_limit_bytes("cuda:1", machine) == int(0.9 * (10 << 30))
+    assert memory_limit_bytes("cpu", machine) == int(0.9 * (50 << 30))
+
+
+def test_format_bytes() -> None:
+    """Units off by 1024, or digits lost."""
+    sizes = [0, 1023, 1536, 5 << 30, 3 << 50]
+    assert [format_bytes(n) for n in sizes] == ["0 B", "1023 B", "1.5 KiB", "5 GiB", "3.07e+03 TiB"]
