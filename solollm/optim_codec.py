@@ -1,0 +1,143 @@
+"""The one 8-bit optimizer-state codec and the one counter-based random-bit function.
+
+Both are plain NumPy and both are references: a backend computes the same in its framework, and its
+codes and bits must be equal to these bit for bit, so that a checkpoint means the same everywhere.
+On disk a quantised state is `<state>.<name>`, U8 codes in the parameter's own shape, and
+`<state>.<name>.absmax`, F32 [num_blocks].
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Sequence
+from functools import cache
+from typing import Literal, NamedTuple
+
+import numpy as np
+
+BLOCK_SIZE = 256
+MIN_QUANTIZED_SIZE = 4096
+
+State = Literal["exp_avg", "exp_avg_sq", "momentum_buffer"]
+
+
+class Codebook(NamedTuple):
+    """The values of the 256 codes, ascending, float32 [256], and the borders between neighbours,
+    float32 [255]: a number's code is how many borders lie below it."""
+
+    levels: np.ndarray
+    borders: np.ndarray
+
+
+class Quantized(NamedTuple):
+    """Codes, uint8 in the tensor's shape, and the largest magnitude of each block of 256 elements
+    along the flattened tensor, float32 [num_blocks]."""
+
+    codes: np.ndarray
+    absmax: np.ndarray
+
+
+@cache
+def codebook(state: State) -> Codebook:
+    """Dynamic 8-bit numbers (Dettmers et al. 2022, arXiv:2110.02861): seven decades below 1, each
+    finer than the one below, 0 and 1.
+
+    Signed for `exp_avg` and `momentum_buffer`, with -1 in place of the published -0.993, so that a
+    block's largest element is exact whatever its sign and decoding then encoding changes nothing.
+    Unsigned for `exp_avg_sq`, where the lowest border is 0 itself: only an exact zero becomes zero,
+    because Adam divides by this number.
+    """
+    signed = state != "exp_avg_sq"
+    positive = [
+        (0.1 + 0.9 * (2 * index + 1) / (2 * count)) / 10**decade
+        for decade in range(7)
+        for count in [(64 if signed else 128) >> decade]
+        for index in range(count)
+    ]
+    negative = [-level for level in positive] if signed else []
+    exact = np.array(sorted([*negative, 0.0, *positive, 1.0]), np.float64)
+    if signed:
+        exact[0] = -1.0
+    levels = exact.astype(np.float32)
+    borders = ((exact[:-1] + exact[1:]) / 2).astype(np.float32)
+    if not signed:
+        borders[0] = 0.0
+    levels.flags.writeable = borders.flags.writeable = False
+    return Codebook(levels, borders)
+
+
+def is_quantized(shape: Sequence[int], group: str) -> bool:
+    """Whether 8-bit training holds this parameter's states as codes: block matrices of at least
+    4,096 elements.
+
+    Norms and small matrices cost nothing in fp32. Embedding and head stay fp32 because a block
+    mixes rows of common and of rare tokens, whose moments lie orders of magnitude apart.
+    """
+    return group == "matrix" and math.prod(shape) >= MIN_QUANTIZED_SIZE
+
+
+def num_blocks(shape: Sequence[int]) -> int:
+    """Blocks of a tensor; the last may be short."""
+    return -(-math.prod(shape) // BLOCK_SIZE)
+
+
+def quantize(values: np.ndarray, state: State) -> Quantized:
+    """Codes of a finite float32 tensor.
+
+    In float32: `exp_avg_sq` is replaced by its square root (Adam's divisor, half the decades);
+    absmax is the block's largest magnitude; code = borders below value / absmax. A block of zeros
+    is divided by 1.
+    """
+    flat = np.asarray(values, np.float32).reshape(-1)
+    if state == "exp_avg_sq":
+        flat = np.sqrt(flat)
+    blocks = np.zeros((num_blocks(values.shape), BLOCK_SIZE), np.float32)
+    blocks.reshape(-1)[: flat.size] = flat
+    absmax = np.abs(blocks).max(axis=1)
+    scaled = blocks / np.where(absmax > 0, absmax, np.float32(1))[:, None]
+    codes = np.searchsorted(codebook(state).borders, scaled.reshape(-1), side="left")
+    return Quantized(codes[: flat.size].astype(np.uint8).reshape(values.shape), absmax)
+
+
+def dequantize(quantized: Quantized, state: State) -> np.ndarray:
+    """The float32 tensor: level times absmax, squared for `exp_avg_sq`."""
+    codes, absmax = quantized
+    scale = np.repeat(absmax, BLOCK_SIZE)[: codes.size]
+    values: np.ndarray = codebook(state).levels[codes.reshape(-1)] * scale
+    if state == "exp_avg_sq":
+        values = values * values
+    return values.reshape(codes.shape)
+
+
+def counter_key(seed: int, step: int, name: str) -> tuple[int, int]:
+    """The two 32-bit words that select one stream of `counter_bits`."""
+    digest = hashlib.blake2b(f"{seed}/{step}/{name}".encode(), digest_size=8).digest()
+    return int.from_bytes(digest[:4], "little"), int.from_bytes(digest[4:], "little")
+
+
+def counter_bits(seed: int, step: int, name: str, count: int, offset: int = 0) -> np.ndarray:
+    """uint32 [count]: the random bits of elements offset, offset + 1, ... of a stream.
+
+    bits(i) = mix(mix(i xor key0) xor key1), i modulo 2^32, with `mix` of 32-bit xor, shift and
+    multiply only, so that every framework can compute it. Dropout, stochastic rounding and
+    sampling take their bits here: nothing to save, the same on any device and world size. Within
+    one stream no 32-bit word occurs twice, which samples of less than 2^24 values do not show.
+    """
+    key0, key1 = counter_key(seed, step, name)
+    index = np.arange(offset, offset + count, dtype=np.uint64).astype(np.uint32)
+    return _mix(_mix(index ^ np.uint32(key0)) ^ np.uint32(key1))
+
+
+def counter_uniform(seed: int, step: int, name: str, count: int, offset: int = 0) -> np.ndarray:
+    """float32 [count] in [0, 1): the upper 24 bits of `counter_bits`, exact in float32."""
+    bits = counter_bits(seed, step, name, count, offset)
+    return (bits >> np.uint32(8)).astype(np.float32) * np.float32(2**-24)
+
+
+def _mix(x: np.ndarray) -> np.ndarray:
+    # lowbias32 with the constants of least measured bias: C. Wellons, hash-prospector, issue 19.
+    x = (x ^ (x >> np.uint32(16))) * np.uint32(0x21F0AAAD)
+    x = (x ^ (x >> np.uint32(15))) * np.uint32(0xD35A2D97)
+    mixed: np.ndarray = x ^ (x >> np.uint32(15))
+    return mixed

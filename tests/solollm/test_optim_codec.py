@@ -1,0 +1,190 @@
+"""The 8-bit codec and the counter-based bits, against independent formulas and statistics."""
+
+from __future__ import annotations
+
+import hashlib
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as hnp
+
+from solollm.optim_codec import (
+    BLOCK_SIZE,
+    Quantized,
+    State,
+    codebook,
+    counter_bits,
+    counter_uniform,
+    dequantize,
+    is_quantized,
+    num_blocks,
+    quantize,
+)
+
+STATES: tuple[State, ...] = ("exp_avg", "exp_avg_sq", "momentum_buffer")
+
+
+def test_bits_are_frozen() -> None:
+    """A changed constant or key would change every dropout mask and rounding of old runs."""
+    assert counter_bits(0, 0, "a", 4).tolist() == [555027270, 3241573058, 2601063114, 4015143173]
+    assert counter_bits(7, 3, "model.norm.weight", 2, offset=2**32 - 1).dtype == np.uint32
+
+
+def test_bits_of_a_slice_are_the_slice_of_the_bits() -> None:
+    """A sharded rank must draw the bits of its own elements, not of the first ones."""
+    whole = counter_bits(1, 2, "x", 1000)
+    np.testing.assert_array_equal(counter_bits(1, 2, "x", 300, offset=400), whole[400:700])
+
+
+def test_index_wraps_at_32_bits() -> None:
+    """Element 2^32 must not overflow into an error or another dtype."""
+    assert counter_bits(1, 2, "x", 2, offset=2**32 - 1)[1] == counter_bits(1, 2, "x", 1)[0]
+
+
+def test_uniform_bits_pass_statistics() -> None:
+    """A weak mixer shows as biased bits, bytes, neighbours or streams. 5 sigma, fixed seeds."""
+    count = 1 << 18
+    bits = counter_bits(123, 45, "model.layers.0.mlp.up_proj.weight", count)
+    limit = 5 * 0.5 / np.sqrt(count)
+    for position in range(32):
+        plane = (bits >> np.uint32(position)) & np.uint32(1)
+        assert abs(plane.mean() - 0.5) < limit
+        assert abs((plane[1:] ^ plane[:-1]).mean() - 0.5) < limit
+    for shift in (0, 8, 16, 24):
+        histogram = np.bincount((bits >> np.uint32(shift)) & np.uint32(255), minlength=256)
+        chi_square = ((histogram - count / 256) ** 2 / (count / 256)).sum()
+        assert abs(chi_square - 255) < 5 * np.sqrt(2 * 255)
+
+
+@pytest.mark.parametrize("other", [(124, 45, "w"), (123, 46, "w"), (123, 45, "v")])
+def test_streams_are_independent(other: tuple[int, int, str]) -> None:
+    """Consecutive steps with related bits would make stochastic rounding drift."""
+    count = 1 << 16
+    distance = counter_bits(123, 45, "w", count) ^ counter_bits(*other, count)
+    for position in range(32):
+        plane = (distance >> np.uint32(position)) & np.uint32(1)
+        assert abs(plane.mean() - 0.5) < 5 * 0.5 / np.sqrt(count)
+
+
+def test_uniform_is_below_one_and_even() -> None:
+    """A value of 1.0 would round up twice; a wrong scale would bias every sample."""
+    values = counter_uniform(0, 0, "u", 1 << 18)
+    assert values.dtype == np.float32
+    assert values.min() >= 0.0
+    assert values.max() < 1.0
+    ordered = np.sort(values)
+    gap = np.abs(ordered - np.arange(len(values)) / len(values)).max()
+    assert gap < 1.95 / np.sqrt(len(values))  # Kolmogorov-Smirnov at p = 0.001
+
+
+@pytest.mark.parametrize("signed", [True, False])
+def test_levels_are_the_dynamic_map(signed: bool) -> None:
+    """The published table (Dettmers et al. 2022), by its own formula: fractions by linspace."""
+    levels = [0.0, 1.0]
+    for exponent in range(7):
+        count = 2**exponent if signed else 2 ** (exponent + 1)
+        edges = np.linspace(0.1, 1, count + 1)
+        means = (edges[1:] + edges[:-1]) / 2 * 10.0 ** (exponent - 6)
+        levels += [*means, *(-means if signed else [])]
+    table = codebook("exp_avg" if signed else "exp_avg_sq").levels
+    if signed:
+        levels[levels.index(min(levels))] = -1.0  # ours: the extreme is exact on both sides
+    np.testing.assert_allclose(table, np.sort(levels), rtol=1e-7)
+
+
+def test_codebooks_are_frozen() -> None:
+    """Codes on disk mean nothing without these exact tables."""
+    digests = []
+    for state in ("exp_avg", "exp_avg_sq"):
+        book = codebook(state)
+        content = book.levels.tobytes() + book.borders.tobytes()
+        digests.append(hashlib.blake2b(content, digest_size=8).hexdigest())
+    assert digests == ["9a56b6cbfd6e9880", "dcef43077d572a72"]
+
+
+@pytest.mark.parametrize("state", STATES)
+def test_codes_are_the_nearest_levels(state: State) -> None:
+    """An off-by-one in the borders doubles the error and biases the moments."""
+    generator = np.random.default_rng(0)
+    values = generator.standard_normal((40, 130)).astype(np.float32)
+    if state == "exp_avg_sq":
+        values = values**2
+    codes, absmax = quantize(values, state)
+    levels = codebook(state).levels.astype(np.float64)
+    flat = np.sqrt(values).reshape(-1) if state == "exp_avg_sq" else values.reshape(-1)
+    scaled = flat / np.repeat(absmax, BLOCK_SIZE)[: flat.size]
+    best = np.abs(scaled[:, None] - levels).min(axis=1)
+    chosen = np.abs(scaled - levels[codes.reshape(-1)])
+    np.testing.assert_allclose(chosen, best, atol=1e-7)
+    assert codes.shape == values.shape
+    assert absmax.shape == (num_blocks(values.shape),)
+
+
+@pytest.mark.parametrize("state", STATES)
+def test_second_round_trip_changes_nothing(state: State) -> None:
+    """export -> import -> export must be bit-equal also for a backend that decodes in between."""
+    values = np.random.default_rng(1).standard_normal((17, 300)).astype(np.float32)
+    if state == "exp_avg_sq":
+        values = values**2
+    first = quantize(values, state)
+    second = quantize(dequantize(first, state), state)
+    np.testing.assert_array_equal(first.codes, second.codes)
+    np.testing.assert_allclose(first.absmax, second.absmax, rtol=1e-6)
+
+
+def test_second_moment_never_collapses() -> None:
+    """A variance rounded to zero beside a live first moment makes Adam's step explode."""
+    values = np.full((1, 256), 1e-30, np.float32)
+    values[0, 0] = 1.0
+    restored = dequantize(quantize(values, "exp_avg_sq"), "exp_avg_sq")
+    assert (restored > 0).all()
+
+
+@pytest.mark.parametrize("state", STATES)
+def test_zeros_stay_zero(state: State) -> None:
+    """A block without gradient divides zero by zero."""
+    zeros = np.zeros((3, 100), np.float32)
+    quantized = quantize(zeros, state)
+    assert (quantized.absmax == 0).all()
+    np.testing.assert_array_equal(dequantize(quantized, state), zeros)
+
+
+def test_relative_error_of_a_block_is_bounded() -> None:
+    """The bound that training quality rests on: 4% of a second-moment root in the upper decade."""
+    values = np.linspace(0.1, 1, 256, dtype=np.float32)[None] ** 2
+    restored = dequantize(quantize(values, "exp_avg_sq"), "exp_avg_sq")
+    assert np.abs(np.sqrt(restored / values) - 1).max() < 0.04
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    hnp.arrays(
+        np.float32,
+        hnp.array_shapes(min_dims=1, max_dims=2, max_side=400),
+        elements=st.floats(-(2.0**50), 2.0**50, width=32, allow_subnormal=True),
+    )
+)
+def test_any_finite_tensor_survives(values: np.ndarray) -> None:
+    """Short last blocks, subnormals and huge values must give finite states, near the originals."""
+    quantized = quantize(values, "momentum_buffer")
+    restored = dequantize(quantized, "momentum_buffer")
+    scale = np.repeat(quantized.absmax, BLOCK_SIZE)[: values.size].reshape(values.shape)
+    assert np.isfinite(restored).all()
+    assert (np.abs(restored - values) <= 0.0145 * scale + 1e-44).all()
+
+
+def test_which_parameters_are_quantised() -> None:
+    """Norms, small matrices and embeddings stay fp32, or quality falls for no memory."""
+    assert is_quantized((64, 64), "matrix")
+    assert not is_quantized((64, 63), "matrix")
+    assert not is_quantized((50_000, 64), "other")
+
+
+def test_absmax_follows_the_flat_order() -> None:
+    """Blocks run along the flattened tensor, not along rows."""
+    values = np.zeros((3, 200), np.float32)
+    values[1, 56] = 2.0  # flat 256: the first element of the second block
+    np.testing.assert_array_equal(quantize(values, "exp_avg").absmax, [0, 2, 0])
+    assert isinstance(quantize(values, "exp_avg"), Quantized)
