@@ -1,0 +1,96 @@
+"""Every check of this project, in an environment of its own.
+
+    python3 tools/check.py                 lint, format, types, layers, sizes, the default tests
+    python3 tools/check.py --slow          the tests that take minutes
+    python3 tools/check.py --bench         the benchmarks, with their figures
+    python3 tools/check.py --gpu           the tests that need a CUDA card
+
+Needs Python 3.11 and nothing else: the first run makes `.venv-check` with the test dependencies;
+later runs reuse it until `pyproject.toml` changes.
+"""
+
+from __future__ import annotations
+
+import argparse
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+from environment import ROOT, SetupError, ensure_environment, say
+
+FOLDER = ROOT / ".venv-check"
+DEV_DISK = 1.5e9  # bytes of the test dependencies, measured
+NO_TESTS = 5  # pytest's exit code when nothing carries the mark
+
+
+def main() -> int:
+    arguments = _parser().parse_args()
+    try:
+        python = Path(sys.executable) if arguments.here else _environment(arguments.torch_index)
+    except SetupError as error:
+        say(f"\ncheck: cannot set up\n{error}")
+        return 1
+    except KeyboardInterrupt:
+        return 130
+    started = time.monotonic()
+    failed = [name for name, command in _steps(arguments, str(python)) if not _run(name, command)]
+    seconds = time.monotonic() - started
+    say(f"\ncheck: {'FAILED: ' + ', '.join(failed) if failed else 'all passed'} ({seconds:.0f} s)")
+    return 1 if failed else 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--slow", action="store_true", help="run the slow tests instead")
+    parser.add_argument("--gpu", action="store_true", help="run the CUDA tests instead")
+    parser.add_argument("--bench", action="store_true", help="run the benchmarks instead")
+    parser.add_argument(
+        "--here", action="store_true", help="use the Python that runs this, not .venv-check"
+    )
+    parser.add_argument(
+        "--torch-index", default="", metavar="URL", help="package index to take PyTorch from"
+    )
+    return parser
+
+
+def _environment(torch_index: str) -> Path:
+    import tomllib  # not at the top: an older Python must live to hear what is wrong
+
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+    return ensure_environment(
+        FOLDER, project["dependency-groups"]["dev"], extra_disk=DEV_DISK, torch_index=torch_index
+    )
+
+
+def _steps(arguments: argparse.Namespace, python: str) -> list[tuple[str, list[str]]]:
+    """(name, command) of what was asked for, in order."""
+    marks = [mark for mark in ("slow", "gpu") if getattr(arguments, mark)]
+    steps = [(f"{mark} tests", [python, "-m", "pytest", "-m", mark]) for mark in marks]
+    if arguments.bench:
+        steps.append(("benchmarks", [python, "tools/bench.py"]))
+    if steps:
+        return steps
+    return [
+        ("lint", [python, "-m", "ruff", "check", "."]),
+        ("format", [python, "-m", "ruff", "format", "--check", "."]),
+        ("types", [python, "-m", "mypy"]),
+        ("layers", [python, "tools/check_layers.py"]),
+        ("sizes", [python, "tools/check_sizes.py"]),
+        ("tests", [python, "-m", "pytest"]),
+    ]
+
+
+def _run(name: str, command: list[str]) -> bool:
+    say(f"\n--- {name}")
+    started = time.monotonic()
+    code = subprocess.run(command, cwd=ROOT, check=False).returncode
+    verdict = "ok" if code == 0 else "nothing to run" if code == NO_TESTS else f"failed ({code})"
+    say(f"--- {name}: {verdict}, {time.monotonic() - started:.0f} s")
+    return code in (0, NO_TESTS)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
