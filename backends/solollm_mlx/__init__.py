@@ -1,0 +1,1 @@
+"""The MLX backend; `backend.MlxBackend` is its entry point."""

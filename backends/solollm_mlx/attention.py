@@ -1,0 +1,54 @@
+"""Causal attention within documents, in blocks of queries.
+
+Metal has no fused attention backward, so a plain call keeps B x H x T x T probabilities per layer
+for the backward pass. In blocks of queries, each recomputed in backward, only one block's
+probabilities live at a time; a block also skips the keys after its last query, which halves the
+work of a causal row.
+
+Shapes: B rows, T positions, H query heads, K key/value heads, D head size.
+"""
+
+from __future__ import annotations
+
+import mlx.core as mx
+
+BLOCK = 128  # queries per block; rows up to twice as long are taken whole
+
+
+def attend(q: mx.array, k: mx.array, v: mx.array, segments: mx.array | None) -> mx.array:
+    """softmax(q k^T / sqrt(D)) v, causal and within documents.
+
+    q is [B, H, T, D], k and v are [B, K, T, D]; segments int [B, T] or None. Gives [B, H, T, D].
+    """
+    length = q.shape[2]
+    if length <= 2 * BLOCK:
+        return _attend_block(q, k, v, segments, 0)
+    parts = []
+    for start in range(0, length, BLOCK):
+        stop = min(length, start + BLOCK)
+        own = None if segments is None else segments[:, :stop]
+
+        # Loop variables are bound as defaults: mx.checkpoint runs the function again in backward.
+        def part(
+            queries: mx.array, keys: mx.array, values: mx.array,
+            own: mx.array | None = own, start: int = start,
+        ) -> mx.array:  # fmt: skip
+            return _attend_block(queries, keys, values, own, start)
+
+        parts.append(mx.checkpoint(part)(q[:, :, start:stop], k[:, :, :stop], v[:, :, :stop]))
+    return mx.concatenate(parts, axis=2)
+
+
+def _attend_block(
+    q: mx.array, k: mx.array, v: mx.array, segments: mx.array | None, start: int
+) -> mx.array:
+    """Queries at positions `start` onwards against the keys at 0 onwards."""
+    scale = q.shape[-1] ** -0.5
+    rows, keys = q.shape[2], k.shape[2]
+    if segments is None:
+        mask = mx.arange(start, start + rows)[:, None] >= mx.arange(keys)[None]  # [T, S]
+        return mx.fast.scaled_dot_product_attention(q, k, v, scale=scale, mask=mask)
+    causal = mx.arange(start, start + rows)[:, None] >= mx.arange(keys)[None]
+    same = segments[:, start : start + rows, None] == segments[:, None, :]  # [B, T, S]
+    mask = mx.expand_dims(mx.logical_and(causal, same), 1)  # [B, 1, T, S]
+    return mx.fast.scaled_dot_product_attention(q, k, v, scale=scale, mask=mask)

@@ -1,0 +1,122 @@
+"""The entry point `solollm.backends: mlx`: what MLX can do here, and its sessions and engines."""
+
+from __future__ import annotations
+
+import platform
+import sys
+from importlib.metadata import PackageNotFoundError, version
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from solollm.architecture import ModelConfig
+from solollm.backend import (
+    Backend,
+    Capabilities,
+    ComputeDType,
+    Engine,
+    EngineOptions,
+    MemoryCosts,
+    Plan,
+    Probe,
+    SessionOptions,
+)
+from solollm.errors import BackendError
+
+if TYPE_CHECKING:
+    from solollm_mlx.session import MlxSession
+
+APPLE_GPU_PRIORITY, CPU_PRIORITY = 100, 5
+TESTED = ("0.32.4", "0.33")  # from here, to below here
+
+
+class MlxBackend(Backend):
+    """MLX on an Apple GPU; on a Linux CPU it is slow and meant for tests and for moving runs."""
+
+    name = "mlx"
+
+    @classmethod
+    def probe(cls) -> Probe:
+        if find_spec("mlx") is None:
+            fix = "pip install 'solollm[mlx]'"
+            return Probe(False, f"mlx is not installed ({fix})", "", 0)
+        if sys.platform == "darwin" and platform.machine() == "arm64":
+            return Probe(True, "Apple GPU", "apple gpu", APPLE_GPU_PRIORITY)
+        if sys.platform == "darwin":
+            return Probe(False, "MLX has no build for Intel Macs", "", 0)
+        return Probe(True, "MLX on the CPU", "cpu", CPU_PRIORITY)
+
+    def capabilities(self) -> Capabilities:
+        import mlx.core as mx
+
+        on_gpu = mx.default_device().type == mx.DeviceType.gpu
+        return Capabilities(
+            device="apple gpu" if on_gpu else "cpu",
+            train_dtypes=("float32", "bfloat16", "float16"),
+            preferred_dtype=_preferred_dtype() if on_gpu else "float32",
+            objectives=("lm",),
+            optimizers=("adamw", "muon"),
+            state_bits=(32, 8),
+            multi_device=True,
+            versions={"mlx": _version()},
+        )
+
+    def memory_costs(
+        self, model: ModelConfig, options: SessionOptions, compute_dtype: ComputeDType
+    ) -> MemoryCosts:
+        item = 4 if compute_dtype == "float32" else 2
+        states = 2.0 if options.optimizer.state_bits == 32 else 0.5
+        if options.optimizer.name == "muon":
+            states /= 2
+        hidden, inter = model.hidden_size, model.intermediate_size
+        heads = model.num_attention_heads * model.head_dim
+        kept = 8 * hidden + 4 * heads + 4 * inter
+        per_layer = item * kept
+        return MemoryCosts(
+            fixed_bytes=64 * 2**20,
+            per_parameter_bytes=4 * (1 + states) + 8,
+            per_token_bytes=per_layer * model.num_hidden_layers + 4 * hidden * item,
+            per_token_checkpointed_bytes=item * hidden * model.num_hidden_layers + 2 * per_layer,
+            loss_chunk_bytes=3 * 32 * 2**20,
+        )
+
+    def train_session(self, model: ModelConfig, options: SessionOptions, plan: Plan) -> MlxSession:
+        import mlx.core as mx
+
+        from solollm_mlx.session import MlxSession
+
+        _check_version()
+        return MlxSession(model, options, plan, mx.distributed.init())
+
+    def engine(self, checkpoint: Path, options: EngineOptions) -> Engine:
+        from solollm_mlx.engine import MlxEngine
+
+        _check_version()
+        return MlxEngine.from_checkpoint(checkpoint, options)
+
+
+def _version() -> str:
+    try:
+        return version("mlx")
+    except PackageNotFoundError:
+        return ""
+
+
+def _check_version() -> None:
+    from solollm_mlx.versions import within
+
+    found = _version()
+    if not within(found, *TESTED):
+        raise BackendError(
+            f"mlx {found} is not supported",
+            why=f"tested with {TESTED[0]} to below {TESTED[1]}",
+            fix=f"pip install 'mlx>={TESTED[0]},<{TESTED[1]}'",
+        )
+
+
+def _preferred_dtype() -> ComputeDType:
+    """bf16 where the chip has it; M1 and M2 emulate it, so they take fp32 unless asked."""
+    import mlx.core as mx
+
+    name = str(mx.device_info().get("device_name", ""))
+    return "float32" if any(chip in name for chip in ("M1", "M2")) else "bfloat16"
