@@ -1,0 +1,347 @@
+"""A checkpoint: one directory that is whole or absent, and proves every byte before it is used.
+
+`docs/reference/checkpoint.md` is the format. Minus `optimizer.safetensors`, `trainer_state.json`,
+`certificate.json` and `manifest.json` it is a plain Hugging Face model folder. How bytes reach the
+disk is `solollm.durable`'s, how tensors are laid out `solollm.tensorfile`'s; when to save and what
+to keep is decided in `solollm.trainer`.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import islice
+from pathlib import Path
+from typing import Any, Literal, NamedTuple, TypeVar
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from solollm import durable
+from solollm.architecture import ModelConfig, parameter_table
+from solollm.backend import HostTensor, Snapshot, TensorSource
+from solollm.certificate import Certificate, CertifiedSource, Continuation
+from solollm.errors import BackendError, ConfigError, IntegrityError, StorageError
+from solollm.manifest import MANIFEST, Manifest, ManifestWriter, read_manifest, refuse_newer
+from solollm.strictfile import parse_json, refused
+from solollm.tensorfile import INDEX, WEIGHTS, TensorFile, Weights, is_finite, open_weights
+from solollm.tensorheader import Spec, spec_bytes
+
+SHARD_BYTES = 4_000_000_000
+OPTIMIZER = "optimizer.safetensors"
+STATE = "trainer_state.json"
+CERTIFICATE = "certificate.json"
+_HEADROOM = 1.1
+_FOR_TRANSFORMERS = {"format": "pt"}  # it refuses a file without this line
+_STEP_NAME = re.compile(r"step-(\d{8,16})")
+_Model = TypeVar("_Model", bound=BaseModel)
+
+
+class _State(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+
+class DataPosition(_State):
+    """Where the data stream stands: batch `step` of (fingerprint, seed) comes next."""
+
+    fingerprint: str
+    seed: int
+    step: int = Field(ge=0, le=2**53)
+
+
+class Environment(_State):
+    """What bitwise equality of a resumed run depends on."""
+
+    backend: str
+    device: str
+    versions: dict[str, str] = {}
+    micro_batch_size: int = Field(ge=1)
+    compute_dtype: str
+    world_size: int = Field(1, ge=1)
+    threads: int = Field(1, ge=1)
+    compile: bool = False
+    activation_checkpointing: bool = False
+
+
+class TrainerState(_State):
+    """All of a run at one step that is no tensor. `step` counts optimizer steps done."""
+
+    format_version: Literal[1] = 1
+    step: int = Field(ge=0, le=2**53)
+    tokens_seen: int = Field(0, ge=0)
+    session_state: dict[str, int | float] = {}
+    data: DataPosition
+    best_loss: float | None = None
+    best_step: int | None = None
+    elapsed_seconds: float = Field(0.0, ge=0)
+    environment: Environment
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """An opened checkpoint; its files stay open until it is dropped."""
+
+    path: Path
+    step: int
+    model: ModelConfig
+    state: TrainerState
+    certificate: Certificate
+    _weights: Weights = field(repr=False)
+    _optimizer: TensorFile = field(repr=False)
+    _proven: bool = field(repr=False)
+
+    def parameters(self) -> TensorSource:
+        """The weights, proven at opening or, after `verify="sizes"`, as each is read."""
+        if self._proven:
+            return self._weights
+        return CertifiedSource(self._weights, self.certificate.parameters, self.path)
+
+    def optimizer(self) -> TensorSource:
+        """The optimizer's tensors, likewise."""
+        if self._proven:
+            return self._optimizer
+        return CertifiedSource(self._optimizer, self.certificate.optimizer, self.path)
+
+    def close(self) -> None:
+        """Close the files now."""
+        self._weights.close()
+        self._optimizer.close()
+
+
+class CheckpointReport(NamedTuple):
+    """What verification found; `problem` is empty for an intact checkpoint."""
+
+    step: int
+    path: Path
+    problem: str
+
+
+def save_checkpoint(
+    parent: Path,
+    *,
+    model: ModelConfig,
+    snapshot: Snapshot,
+    state: TrainerState,
+    tokenizer_files: Mapping[str, bytes],
+    token_ids: Mapping[str, int],
+    continuation: Continuation | None = None,
+    shard_bytes: int = SHARD_BYTES,
+) -> Path:
+    """Stream a snapshot into `parent/step-NNNNNNNN`, one tensor live; safe on any thread.
+
+    When it returns, the checkpoint survives a power cut. One of the same step is replaced.
+
+    Raises:
+        StorageError: no room, or the disk fails; every earlier checkpoint is untouched.
+        IntegrityError: a tensor holds NaN or infinity; nothing was saved.
+        BackendError: the snapshot is not one of this model.
+    """
+    parameters, optimizer = list(snapshot.parameter_specs()), list(snapshot.optimizer_specs())
+    if {(name, tuple(shape)) for name, _, shape in parameters} != _expected(model):
+        raise BackendError("the snapshot's tensors are not those of the model's name table")
+    durable.make_directory(parent)
+    tensor_bytes = sum(spec_bytes(dtype, shape) for _, dtype, shape in [*parameters, *optimizer])
+    durable.require_space(parent, int(_HEADROOM * tensor_bytes))
+    final = parent / step_name(state.step)
+    dtype = "bfloat16" if all(dtype == "BF16" for _, dtype, _ in parameters) else "float32"
+    with durable.staged_directory(final) as folder:
+        files = ManifestWriter(folder)
+        files.add_json("config.json", model.to_hf(torch_dtype=dtype, **token_ids))
+        files.add_json("generation_config.json", dict(token_ids))
+        for name, content in tokenizer_files.items():
+            files.add(name, content)
+        weights = _write_weights(
+            files, parameters, _finite(snapshot.parameters(), final), shard_bytes
+        )
+        moments = files.add_tensors(OPTIMIZER, optimizer, _finite(snapshot.optimizer(), final))
+        files.add_json(STATE, state.model_dump(mode="json"))
+        certificate = Certificate(
+            step=state.step, parameters=weights, optimizer=moments, continuation=continuation
+        )
+        files.add_json(CERTIFICATE, certificate.model_dump(mode="json"))
+        files.finish(step=state.step)
+    return final
+
+
+def open_checkpoint(path: Path, verify: Literal["sizes", "digests"] = "digests") -> Checkpoint:
+    """Open a checkpoint, proving all of it ("digests": one pass over the data) or all but the data
+    of its tensors ("sizes"), which are then proven one by one as they are read.
+
+    Raises:
+        IntegrityError: something is not as it was saved; names the file and the reason.
+    """
+    manifest = read_manifest(path)
+    plain = [name for name, entry in manifest.files.items() if entry.digest.startswith("sha256:")]
+    content = {name: manifest.read(name) for name in {*plain, "config.json", STATE, CERTIFICATE}}
+    state = _parse(TrainerState, content[STATE], path / STATE)
+    certificate = _parse(Certificate, content[CERTIFICATE], path / CERTIFICATE)
+    step = manifest.facts.get("step")
+    if type(step) is not int or not step == state.step == certificate.step:
+        steps = f"{step}, {state.step} and {certificate.step}"
+        raise refused(path / MANIFEST, "step", f"files of steps {steps} are mixed")
+    model = _parse_model(content["config.json"], path / "config.json")
+    weights = open_weights(path)
+    optimizer = TensorFile(path / OPTIMIZER, follow_links=False)
+    check_parameters(weights, model)
+    _prove(manifest, weights.files, certificate.parameters, verify)
+    _prove(manifest, [optimizer], certificate.optimizer, verify)
+    return Checkpoint(
+        path, step, model, state, certificate, weights, optimizer, verify == "digests"
+    )
+
+
+def check_parameters(source: Weights | TensorFile, model: ModelConfig) -> None:
+    """Raise IntegrityError unless the names and shapes are exactly the model's name table."""
+    expected = dict(_expected(model))
+    place = source.folder if isinstance(source, Weights) else source.path
+    for name in source.names():
+        if name not in expected:
+            raise refused(place, f"tensor {name!r}", "is not one of this model")
+        shape, wanted = source.info(name).shape, expected.pop(name)
+        if shape != wanted:
+            raise refused(place, f"tensor {name!r}", f"has shape {shape}, the model {wanted}")
+    if expected:
+        raise refused(place, f"tensor {min(expected)!r}", "is missing")
+
+
+def latest_checkpoint(parent: Path) -> tuple[Checkpoint | None, list[str]]:
+    """(the newest checkpoint that is proven intact, or None; what was skipped and why)."""
+    skipped: list[str] = []
+    for _, path in reversed(list_checkpoints(parent)):
+        try:
+            return open_checkpoint(path), skipped
+        except IntegrityError as error:
+            skipped.append(f"skipped {path.name}: {error}")
+    return None, skipped
+
+
+def list_checkpoints(parent: Path) -> list[tuple[int, Path]]:
+    """(step, path) of every directory that is named as a checkpoint, oldest first, unverified."""
+    found = []
+    for path in parent.iterdir() if parent.is_dir() else ():
+        match = _STEP_NAME.fullmatch(path.name)
+        if match and path.name == step_name(int(match[1])) and path.is_dir():
+            found.append((int(match[1]), path))
+    return sorted(found)
+
+
+def verify_checkpoints(parent: Path) -> list[CheckpointReport]:
+    """Read every byte of every checkpoint, oldest first."""
+    reports = []
+    for step, path in list_checkpoints(parent):
+        problem = ""
+        try:
+            open_checkpoint(path).close()
+        except IntegrityError as error:
+            problem = str(error)
+        reports.append(CheckpointReport(step, path, problem))
+    return reports
+
+
+def prune(parent: Path, *, keep_latest: int, keep_steps: Collection[int] = ()) -> list[str]:
+    """Delete all but the latest finished checkpoints and those of `keep_steps`; unfinished ones go
+    too. Returns what could not be deleted, and why: one failure never stops the rest."""
+    assert keep_latest >= 1, keep_latest
+    found = list_checkpoints(parent)
+    finished = [step for step, path in found if (path / MANIFEST).exists()]
+    kept = {*finished[-keep_latest:], *(set(keep_steps) & set(finished))}
+    failures: list[str] = []
+    for step, path in found:
+        try:
+            if step not in kept:
+                durable.remove_tree(path)
+        except StorageError as error:
+            failures.append(f"{path.name} is still there: {error}")
+    return failures
+
+
+def step_name(step: int) -> str:
+    """The directory name of a step."""
+    return f"step-{step:08d}"
+
+
+def _expected(model: ModelConfig) -> set[tuple[str, tuple[int, ...]]]:
+    return {(spec.name, spec.shape) for spec in parameter_table(model)}
+
+
+def _finite(
+    tensors: Iterator[tuple[str, HostTensor]], final: Path
+) -> Iterator[tuple[str, HostTensor]]:
+    for name, tensor in tensors:
+        if not is_finite(tensor):
+            fix = "resume from an earlier checkpoint, with a lower learning rate"
+            raise refused(final, f"tensor {name!r}", "holds NaN or infinity: not saved", fix=fix)
+        yield name, tensor
+
+
+def _write_weights(
+    files: ManifestWriter,
+    specs: Sequence[Spec],
+    tensors: Iterator[tuple[str, HostTensor]],
+    shard_bytes: int,
+) -> dict[str, str]:
+    shards = _shards(specs, shard_bytes)
+    if len(shards) == 1:
+        return files.add_tensors(WEIGHTS, specs, tensors, _FOR_TRANSFORMERS)
+    digests: dict[str, str] = {}
+    weight_map: dict[str, str] = {}
+    for number, shard in enumerate(shards, 1):
+        name = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
+        part = islice(tensors, len(shard))
+        digests |= files.add_tensors(name, shard, part, _FOR_TRANSFORMERS)
+        weight_map |= {spec[0]: name for spec in shard}
+    total = sum(spec_bytes(dtype, shape) for _, dtype, shape in specs)
+    files.add_json(INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
+    return digests
+
+
+def _shards(specs: Sequence[Spec], shard_bytes: int) -> list[list[Spec]]:
+    shards: list[list[Spec]] = [[]]
+    room = shard_bytes
+    for spec in specs:
+        size = spec_bytes(spec[1], spec[2])
+        if size > room and shards[-1]:
+            shards.append([])
+            room = shard_bytes
+        shards[-1].append(spec)
+        room -= size
+    return shards
+
+
+def _prove(
+    manifest: Manifest,
+    files: Sequence[TensorFile],
+    certified: Mapping[str, str],
+    verify: Literal["sizes", "digests"],
+) -> None:
+    names: set[str] = set()
+    for file in files:
+        manifest.check_tensors(file, certified)
+        names.update(file.names())
+        digests = file.digests() if verify == "digests" else {}
+        wrong = [name for name, digest in digests.items() if digest != certified[name]]
+        if wrong:
+            raise refused(file.path, f"tensor {wrong[0]!r}", "is damaged (its digest differs)")
+    missing = sorted(set(certified) - names)
+    if missing:
+        raise refused(manifest.folder, f"tensor {missing[0]!r}", "is certified but missing")
+
+
+def _parse(kind: type[_Model], content: bytes, path: Path) -> _Model:
+    table = parse_json(content, path)
+    if not isinstance(table, dict):
+        raise refused(path, "the JSON text", "is no table")
+    refuse_newer(table, path)
+    try:
+        return kind.model_validate(table)
+    except ValidationError as error:
+        first = error.errors()[0]
+        raise refused(path, ".".join(map(str, first["loc"])), first["msg"]) from error
+
+
+def _parse_model(content: bytes, path: Path) -> ModelConfig:
+    table: Any = parse_json(content, path)
+    try:
+        return ModelConfig.from_hf(table)
+    except (ConfigError, KeyError, TypeError, ValueError, AttributeError) as error:
+        raise refused(path, "the model", str(error)) from error
