@@ -238,6 +238,12 @@ class TrainSession(ABC):
     rank: int = 0
     world_size: int = 1
 
+    @property
+    def settings(self) -> Mapping[str, bool | int | float | str]:
+        """What was decided here and decides bits (threads, compile, ...), as the
+        `backend_options` that bring it about again. A resume on the same machine passes them."""
+        return {}
+
     @abstractmethod
     def train_step(self, batch: Batch, *, lr: float) -> PendingMetrics:
         """Forward, backward, clip, update. A non-finite step leaves the state as it was and

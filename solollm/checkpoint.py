@@ -58,9 +58,8 @@ class Environment(_State):
     micro_batch_size: int = Field(ge=1)
     compute_dtype: str
     world_size: int = Field(1, ge=1)
-    threads: int = Field(1, ge=1)
-    compile: bool = False
     activation_checkpointing: bool = False
+    settings: dict[str, bool | int | float | str] = {}  # the session's own: threads, compile, ...
 
 
 class TrainerState(_State):
