@@ -23,7 +23,7 @@ LAYERS = (
     "errors",
     "architecture config dial durable hardware optim_codec signals",
     "tensorfile backend tokenizer tokenizer_training chat_template",
-    "data schedule checkpoint checkpoint_writer runs run_log planner registry generation",
+    "data schedule checkpoint checkpoint_writer runs run_log planner registry sampling generation",
     "evaluation report held_out",
     "trainer",
     "pretraining",
@@ -34,7 +34,7 @@ LAYERS = (
 )
 BACKENDS = ("solollm_torch", "solollm_mlx")
 BACKEND_MAY_IMPORT = frozenset(
-    {"backend", "config", "architecture", "optim_codec", "errors", "tensorfile"}
+    {"backend", "config", "architecture", "optim_codec", "errors", "tensorfile", "sampling"}
 )
 FRAMEWORKS = frozenset({"torch", "mlx", "transformers", "datasets", "tokenizers", "pyarrow"})
 _LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names.split()}
