@@ -1,0 +1,163 @@
+"""An engine of PyTorch: weights ready to generate, from a checkpoint or of a live session.
+
+How requests run is in `decoding`, the forward pass in `inference`, the memory in `kv_cache`, the
+choice of a token in `solollm.sampling`.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from solollm.architecture import ModelConfig, parameter_table
+from solollm.backend import Engine, EngineOptions, HostTensor, TensorSource
+from solollm.errors import ConfigError, IntegrityError, nearest
+from solollm.tensorfile import open_weights
+from solollm_torch.decoding import TorchDecoder
+from solollm_torch.inference import InferenceModel
+from solollm_torch.model import Decoder
+
+_DTYPES: Mapping[str, torch.dtype] = {
+    "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16,
+}  # fmt: skip
+_OPTIONS = ("pack", "prefill_tokens")
+
+
+class TorchEngine(Engine):
+    """An engine over a decoder module, without a copy where the dtype is the module's own.
+
+    `options.backend_options`: `pack` (bool, default off: copy the matrices into a layout that
+    generates faster on a CPU) and `prefill_tokens` (int: prompt tokens read per step).
+    """
+
+    def __init__(self, decoder: Decoder, options: EngineOptions, *, release: bool = False) -> None:
+        """`release`: the decoder is this engine's alone, and its blocks may be given up.
+
+        Raises:
+            ConfigError: an option that the model cannot serve.
+        """
+        self.model = decoder.config
+        self.options = _complete(options, decoder.config)
+        self.device = decoder.embed_tokens.device
+        dtype = _DTYPES.get(self.options.compute_dtype, decoder.compute_dtype)
+        default_tokens = 512 if self.device.type == "cpu" else 2048
+        given = self.options.backend_options
+        self.prefill_tokens = max(1, int(given.get("prefill_tokens", default_tokens)))
+        can_pack = (
+            self.device.type == "cpu"
+            and dtype == torch.float32
+            and torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
+        )
+        with torch.inference_mode():
+            self.inference = InferenceModel(
+                decoder,
+                dtype=dtype,
+                max_seq_len=self.options.max_seq_len,
+                pack=can_pack and bool(given.get("pack", False)),
+                release=release,
+            )
+
+    @classmethod
+    def load(
+        cls, checkpoint: Path, options: EngineOptions, device: torch.device | str = "cpu"
+    ) -> TorchEngine:
+        """The engine of a checkpoint directory (`config.json` and safetensors weights).
+
+        `compute_dtype` "auto" is float32 on a CPU, else bfloat16 where the device has it. `pack` is
+        on unless switched off.
+
+        Raises:
+            ConfigError: no checkpoint there, or a model that is not computed here.
+            IntegrityError: weights that are damaged, missing, unexpected or misshapen.
+        """
+        device = torch.device(device)
+        config = read_model_config(checkpoint)
+        dtype = _DTYPES.get(options.compute_dtype) or _preferred_dtype(device)
+        decoder = Decoder(config, device=device, dtype=dtype)
+        weights = open_weights(checkpoint)
+        try:
+            _fill(decoder, weights, checkpoint)
+        finally:
+            weights.close()
+        options = replace(options, backend_options={"pack": True, **options.backend_options})
+        return cls(decoder, options, release=True)
+
+    def open(self) -> TorchDecoder:
+        return TorchDecoder(self.inference, self.options, prefill_tokens=self.prefill_tokens)
+
+
+def read_model_config(checkpoint: Path) -> ModelConfig:
+    """The model that a checkpoint directory describes. Raises ConfigError where there is none."""
+    path = checkpoint / "config.json"
+    try:
+        raw = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ConfigError(
+            f"{checkpoint} is not a checkpoint",
+            why=f"its config.json cannot be read: {error}",
+            fix="give a run folder or a checkpoint folder; `solollm runs list` shows them",
+        ) from error
+    if not isinstance(raw, dict):
+        raise ConfigError(f"{path} holds a {type(raw).__name__}, not a model's settings")
+    return ModelConfig.from_hf(raw)
+
+
+def _complete(options: EngineOptions, model: ModelConfig) -> EngineOptions:
+    """The options with the model's numbers in the place of zeros; refuses what cannot be."""
+    limit, rows = model.max_position_embeddings, model.vocab_size
+    if not 0 <= options.max_seq_len <= limit:
+        raise ConfigError(
+            f"max_seq_len {options.max_seq_len} is beyond the model's {limit} positions",
+            fix=f"give {limit} or less (0: all of them)",
+        )
+    if not 0 <= options.vocab_size <= rows:
+        raise ConfigError(
+            f"vocab_size {options.vocab_size} is not within the model's {rows} rows",
+            fix="use the tokenizer that the checkpoint was trained with",
+        )
+    if options.max_batch_size < 1:
+        raise ConfigError(f"max_batch_size {options.max_batch_size} leaves no room for a request")
+    for key in options.backend_options:
+        if key not in _OPTIONS:
+            raise ConfigError(f"unknown engine option `{key}`", why=nearest(key, _OPTIONS))
+    return replace(
+        options, max_seq_len=options.max_seq_len or limit, vocab_size=options.vocab_size or rows
+    )
+
+
+def _preferred_dtype(device: torch.device) -> torch.dtype:
+    if device.type == "cuda" and torch.cuda.is_bf16_supported():
+        return torch.bfloat16
+    return torch.float32
+
+
+def _fill(decoder: Decoder, source: TensorSource, checkpoint: Path) -> None:
+    expected = {spec.name: spec.shape for spec in parameter_table(decoder.config)}
+    present = set(source.names())
+    if decoder.config.tie_word_embeddings:
+        present.discard("lm_head.weight")  # some exporters write the tied head a second time
+    if present != set(expected):
+        missing, unexpected = sorted(set(expected) - present), sorted(present - set(expected))
+        raise IntegrityError(
+            f"the weights of {checkpoint} do not fit its config.json",
+            why=f"missing: {missing[:5] or 'none'}, unexpected: {unexpected[:5] or 'none'}",
+            fix="export or download the checkpoint again",
+        )
+    decoder.load((name, _read(source, name, shape)) for name, shape in expected.items())
+
+
+def _read(source: TensorSource, name: str, shape: tuple[int, ...]) -> Tensor:
+    host: HostTensor = source.read(name)
+    if host.shape != shape:
+        raise IntegrityError(
+            f"tensor {name} has shape {list(host.shape)}",
+            why=f"config.json makes it {list(shape)}",
+            fix="use the config.json that belongs to these weights",
+        )
+    tensor = torch.from_numpy(host.data)
+    return tensor.view(torch.bfloat16) if host.dtype == "BF16" else tensor
