@@ -21,9 +21,10 @@ ROOT = Path(__file__).resolve().parent.parent
 
 LAYERS = (
     "errors",
-    "architecture config dial durable hardware optim_codec signals",
-    "tensorfile backend tokenizer tokenizer_training chat_template",
-    "data schedule checkpoint checkpoint_writer runs run_log planner registry sampling generation",
+    "architecture config dial durable strictfile hardware optim_codec signals",
+    "tensorheader tensorfile backend tokenizer tokenizer_training chat_template",
+    "data schedule manifest certificate checkpoint checkpoint_writer runlock runs run_log"
+    " planner registry sampling generation",
     "evaluation report held_out",
     "trainer",
     "pretraining",
