@@ -1,0 +1,239 @@
+"""Training as a terminal shows it, live; as lines where there is none; as JSON for machines.
+
+`ConsoleSink` watches a run by the `Sink` protocol of `solollm.run_log`. It draws only when a row
+arrives (no thread), at most ten times a second.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from rich.console import Console, Group, RenderableType
+from rich.live import Live
+from rich.progress_bar import ProgressBar
+from rich.table import Table
+from rich.text import Text
+
+from solollm.planner import format_bytes
+from solollm.report.charts import count_text, smooth
+from solollm.report.html import duration_text
+
+Row = Mapping[str, Any]
+
+_BARS = "▁▂▃▄▅▆▇█"
+_REDRAW_SECONDS = 0.1
+_LINE_SECONDS = 2.0  # between plain lines; the first and the last always appear
+_SAMPLE_CHARACTERS = 400
+_NOTES = {
+    "step_skipped": "step {step} was not finite and was skipped",
+    "checkpoint_saved": "saved {path}",
+    "checkpoint_damaged": "a damaged checkpoint was passed over: {detail}",
+    "resumed": "resumed after step {step}",
+    "stopped": "stopped by {signal} after step {step}",
+    "environment_changed": "this is not the environment of before: {detail}",
+    "sink_failed": "{sink} failed and is off: {error}",
+}
+
+
+class JsonSink:
+    """Every row as one line of JSON on standard output; `kind` says what it is."""
+
+    def __init__(self, write: Callable[[str], object] = print) -> None:
+        self._write = write
+
+    def start(self, facts: Row) -> None:
+        self._line({"kind": "start", **facts})
+
+    def metrics(self, row: Row) -> None:
+        self._line(row)
+
+    def evaluation(self, row: Row) -> None:
+        self._line(row)
+
+    def sample(self, row: Row) -> None:
+        self._line(row)
+
+    def event(self, row: Row) -> None:
+        self._line(row)
+
+    def finish(self, summary: Row) -> None:
+        self._line({"kind": "finish", **summary})
+
+    def _line(self, row: Row) -> None:
+        self._write(json.dumps(dict(row), ensure_ascii=False, default=str))
+
+
+class ConsoleSink:
+    """A run on a rich console: live where it is a terminal, a line now and then where not."""
+
+    def __init__(self, console: Console, clock: Callable[[], float] = time.monotonic) -> None:
+        self._console = console
+        self._clock = clock
+        self._live: Live | None = None
+        self._total_steps = 0
+        self._start_step = 0
+        self._row: dict[str, Any] = {}
+        self._held_out: dict[str, Any] = {}
+        self._sample: dict[str, Any] = {}
+        self._losses: list[float | None] = []
+        self._began = self._shown = clock()
+        self._shown_step: object = None
+
+    def start(self, facts: Row) -> None:
+        self._total_steps = int(facts.get("total_steps") or 0)
+        self._start_step = int(facts.get("start_step") or 0)
+        self._began = self._clock()
+        self._shown = self._began - _LINE_SECONDS
+        self._print(Text(_headline(facts), style="bold"))
+        if self._console.is_terminal and not self._console.is_dumb_terminal:
+            self._live = Live(self._block(), console=self._console, auto_refresh=False)
+            self._live.start()
+            self._console.show_cursor(True)  # a second Ctrl-C ends without any clean-up
+
+    def metrics(self, row: Row) -> None:
+        self._row = dict(row)
+        self._losses.append(_number(row, "loss"))
+        self._show(self._line)
+
+    def evaluation(self, row: Row) -> None:
+        self._held_out = dict(row)
+        self._show(lambda: f"step {row['step']:,}  held-out loss {_losses_text(row)}", now=True)
+
+    def sample(self, row: Row) -> None:
+        self._sample = dict(row)
+        text = f"{row.get('prompt', '')}{row.get('text', '')}"[:_SAMPLE_CHARACTERS]
+        self._show(lambda: f"step {row['step']:,}  sample: {text!r}", now=True)
+
+    def event(self, row: Row) -> None:
+        form = _NOTES.get(str(row.get("kind")), "{kind}")
+        values = {"detail": row.get("reason") or row.get("changes") or "", **row}
+        try:
+            note = form.format(**values)
+        except KeyError:
+            note = str(row.get("kind"))
+        self._print(Text(f"  {note}", style="dim"))
+
+    def finish(self, summary: Row) -> None:
+        if self._live is not None:
+            self._live.update(self._block(), refresh=True)
+            self._live.stop()
+            self._live = None
+        elif self._row and self._shown_step != self._row.get("step"):
+            self._print(Text(self._line()))
+
+    def _show(self, line: Callable[[], str], *, now: bool = False) -> None:
+        """Redraw the block, or print the line, unless that happened just before."""
+        moment = self._clock()
+        pause = _REDRAW_SECONDS if self._live is not None else _LINE_SECONDS
+        if not now and moment - self._shown < pause:
+            return
+        if self._live is not None:
+            self._live.update(self._block(), refresh=True)
+        else:
+            self._print(Text(line()))
+        if not now:
+            self._shown, self._shown_step = moment, self._row.get("step")
+
+    def _print(self, text: Text) -> None:
+        self._console.print(text, soft_wrap=True)
+
+    def _line(self) -> str:
+        row = self._row
+        parts = [
+            f"step {row['step']:,}/{self._total_steps:,}",
+            f"loss {_losses_text(row)}",
+            f"lr {row['lr']:.2g}" if row.get("lr") is not None else "",
+            _with_unit(row, "tokens_per_second", "tok/s"),
+            f"ETA {eta}" if (eta := self._eta()) else "",
+        ]
+        return "  ".join(part for part in parts if part)
+
+    def _eta(self) -> str:
+        done = int(self._row.get("step") or 0) - self._start_step
+        left = self._total_steps - self._start_step - done
+        if done <= 0 or left <= 0:
+            return ""
+        return duration_text((self._clock() - self._began) / done * left)
+
+    def _block(self) -> RenderableType:
+        row, step = self._row, int(self._row.get("step") or self._start_step)
+        bar = Table.grid(expand=True, padding=(0, 1))
+        bar.add_column(ratio=1)
+        bar.add_column(justify="right")
+        eta = self._eta()
+        place = f"step {step:,} of {self._total_steps:,}" + (f", {eta} left" if eta else "")
+        drawn = ProgressBar(self._total_steps or 1, step, complete_style="cyan")
+        bar.add_row(drawn, place)
+        facts = Table.grid(padding=(0, 2))
+        facts.add_column(style="dim", justify="right")
+        facts.add_column()
+        facts.add_row("loss", f"{_losses_text(row) or 'first step ...'}  {sparkline(self._losses)}")
+        if self._held_out:
+            where = f"at step {self._held_out['step']:,}"
+            facts.add_row("held-out", f"{_losses_text(self._held_out)}, {where}")
+        speed = [
+            _with_unit(row, "tokens_per_second", "tokens/s"),
+            _with_unit(row, "tokens_seen", "tokens seen"),
+            f"{format_bytes(int(row['memory_bytes']))} memory" if row.get("memory_bytes") else "",
+        ]
+        if any(speed):
+            facts.add_row("speed", ", ".join(part for part in speed if part))
+        if self._sample:
+            facts.add_row("sample", self._sample_text())
+        return Group(bar, facts)
+
+    def _sample_text(self) -> Text:
+        text = Text(_printable(self._sample.get("prompt")), style="dim")
+        text.append(_printable(self._sample.get("text")), style="italic")
+        kept = text[:_SAMPLE_CHARACTERS].split("\n", allow_blank=True)[:6]
+        return Text("\n", no_wrap=True, overflow="ellipsis").join(kept)
+
+
+def sparkline(values: list[float | None], width: int = 24) -> str:
+    """A curve in one line of block characters, the latest value at the right. The first tenth is
+    left out once there is enough: it would press the rest flat."""
+    known = [value for value in values if value is not None]
+    known = known[len(known) // 10 :] if len(known) > width else known
+    if len(known) < 2:
+        return ""
+    size = max(1, len(known) // width)
+    smoothed = [value for value in smooth(known, size) if value is not None]
+    points = smoothed[:: -max(1, -(-len(known) // width))][::-1]
+    low, high = min(points), max(points)
+    top = len(_BARS) - 1
+    return "".join(_BARS[round((p - low) / ((high - low) or 1.0) * top)] for p in points)
+
+
+def _printable(text: object) -> str:
+    """Text without the characters that would steer the terminal: a model can produce any."""
+    return "".join(c if c.isprintable() or c in "\n\t" else "\ufffd" for c in str(text or ""))
+
+
+def _headline(facts: Row) -> str:
+    parts = [
+        f"training {facts.get('run', '')}".strip(),
+        _with_unit(facts, "num_parameters", "parameters"),
+        _with_unit(facts, "tokens_per_step", "tokens a step"),
+        f"on {facts['backend']} ({facts.get('device', '')})" if facts.get("backend") else "",
+    ]
+    return ", ".join(part for part in parts if part)
+
+
+def _losses_text(row: Row) -> str:
+    loss, bits = _number(row, "loss"), _number(row, "bits_per_byte")
+    parts = [f"{loss:.3f}" if loss is not None else ""]
+    parts.append(f"{bits:.3f} bits/byte" if bits is not None else "")
+    return ", ".join(part for part in parts if part)
+
+
+def _with_unit(row: Row, key: str, unit: str) -> str:
+    value = _number(row, key)
+    return f"{count_text(value)} {unit}" if value is not None else ""
+
+
+def _number(row: Row, key: str) -> float | None:
+    value = row.get(key)
+    return float(value) if isinstance(value, (int, float)) else None
