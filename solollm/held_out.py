@@ -1,0 +1,71 @@
+"""How good the weights of a session are right now: held-out loss, and a few samples to read."""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+from solollm.architecture import ModelConfig
+from solollm.backend import EngineOptions, Request, SamplingParams, TrainSession
+from solollm.config import EvalTable
+from solollm.data.stream import BatchStream
+from solollm.tokenizer import Tokenizer
+
+_SAMPLING = SamplingParams(temperature=0.8, top_p=0.95)
+
+
+class HeldOut(NamedTuple):
+    """`loss` in nats per target; `targets` it was measured on."""
+
+    loss: float
+    bits_per_byte: float
+    targets: int
+
+
+class Sample(NamedTuple):
+    """A prompt and what the model made of it."""
+
+    prompt: str
+    text: str
+
+
+def bits_per_byte(loss: float, bytes_per_target: float) -> float:
+    """Nats per target as bits per byte of text, which do not depend on the tokenizer."""
+    return loss / math.log(2) / bytes_per_target
+
+
+def held_out_loss(session: TrainSession, stream: BatchStream, batches: int) -> HeldOut:
+    """The loss over the first `batches` batches of the stream, the same ones every time. Over a
+    part of the split, bits per byte use the whole split's bytes per target."""
+    nll, targets = 0.0, 0
+    for batch in stream.epoch(batches):
+        batch_nll, batch_targets = session.eval_step(batch)
+        nll, targets = nll + batch_nll, targets + batch_targets
+    loss = nll / max(1, targets)
+    return HeldOut(loss, bits_per_byte(loss, stream.bytes_per_target), targets)
+
+
+def samples(
+    session: TrainSession, tokenizer: Tokenizer, model: ModelConfig, table: EvalTable
+) -> list[Sample]:
+    """Continue each of the config's prompts, with the same random bits every time."""
+    from solollm.generation import generate
+
+    room = model.max_position_embeddings
+    new_tokens = min(table.sample_tokens, room - 1)
+    requests = [
+        Request(
+            prompt_ids=[tokenizer.bos_id, *tokenizer.encode(prompt)][: room - new_tokens],
+            max_new_tokens=new_tokens,
+            sampling=_SAMPLING,
+            stop_ids=frozenset(tokenizer.stop_ids),
+        )
+        for prompt in table.sample_prompts
+    ]
+    engine = session.engine(EngineOptions(vocab_size=tokenizer.vocab_size))
+    completions = generate(engine, requests)
+    engine.close()
+    return [
+        Sample(prompt, tokenizer.decode(completion.text_ids))
+        for prompt, completion in zip(table.sample_prompts, completions, strict=True)
+    ]

@@ -1,0 +1,397 @@
+"""The loop: take a batch, take a step, write down, evaluate, save, until the last step or a signal.
+
+Read `Trainer.fit` first; everything else here is one of its lines. A session computes, a stream
+gives the batch of a step, `schedule.lr_at` its learning rate, `run_log` writes down,
+`checkpoint_writer` saves on its own thread. How these are made from a configuration:
+`solollm.pretraining`.
+"""
+
+from __future__ import annotations
+
+import math
+import signal
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import closing, contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from solollm.architecture import ModelConfig
+from solollm.backend import PendingMetrics, StepMetrics, TrainSession
+from solollm.checkpoint import DataPosition, Environment, TrainerState
+from solollm.checkpoint_writer import CheckpointContents, CheckpointWriter
+from solollm.data.stream import BatchStream, Prefetch, StepStream
+from solollm.errors import BackendError, SoloLLMError, StoppedBySignal
+from solollm.held_out import HeldOut, bits_per_byte, held_out_loss, samples
+from solollm.run_log import Row, RunLog, Sink, finite
+from solollm.runs import Run
+from solollm.schedule import lr_at
+from solollm.signals import StopRequest
+from solollm.tokenizer import Tokenizer
+
+__all__ = ["Progress", "Sink", "TrainResult", "Trainer", "Workload"]
+
+MAX_CONSECUTIVE_SKIPS = 10
+
+
+@dataclass
+class Progress:
+    """Where a run stands: what a checkpoint stores of the loop, and a resumed loop starts from."""
+
+    step: int = 0
+    tokens_seen: int = 0
+    best_loss: float | None = None
+    best_step: int | None = None
+    elapsed_seconds: float = 0.0
+
+
+@dataclass(frozen=True)
+class Workload:
+    """What a trainer works on. `environment`, what a bitwise resume depends on, is stored in every
+    checkpoint; `facts` are told to sinks at the start, and after them `notes`, as events."""
+
+    session: TrainSession
+    stream: StepStream
+    model: ModelConfig
+    tokenizer: Tokenizer
+    environment: Environment
+    bytes_per_target: float | None = None  # of the training text; None: no bits per byte
+    validation: BatchStream | None = None
+    facts: Row = field(default_factory=dict)
+    notes: Sequence[Row] = ()
+
+
+@dataclass(frozen=True)
+class TrainResult:
+    """How a run ended. Losses in nats per token; None where nothing was measured."""
+
+    run: Path
+    checkpoint: Path
+    start_step: int
+    step: int
+    tokens_seen: int
+    loss: float | None
+    validation_loss: float | None
+    bits_per_byte: float | None
+    best_step: int | None
+    elapsed_seconds: float
+
+
+@dataclass
+class _Interval:
+    """What has happened since the last train row."""
+
+    begun: float
+    tokens: int = 0
+    data_wait_seconds: float = 0.0
+    aside_seconds: float = 0.0  # evaluations, samples and waits for a save: no training
+
+
+@dataclass(frozen=True)
+class _Launched:
+    """A step whose result nobody has asked for yet."""
+
+    step: int
+    lr: float
+    pending: PendingMetrics
+
+
+class Trainer:
+    """Trains one run on `run.config`, which must be resolved (`pretraining.resolve`). The caller
+    holds the run's lock and closes the session."""
+
+    def __init__(
+        self,
+        work: Workload,
+        run: Run,
+        *,
+        progress: Progress | None = None,
+        sinks: Sequence[Sink] = (),
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        assert run.config.train.steps is not None, "the config is not resolved"
+        assert run.config.optimizer.lr is not None, "the config is not resolved"
+        self._work = work
+        self._session = work.session
+        self._run = run
+        self._config = run.config
+        self._total_steps = run.config.train.steps
+        self._peak_lr = run.config.optimizer.lr
+        self._progress = progress or Progress()
+        self._start_step = self._progress.step
+        self._log = RunLog(run, sinks)
+        self._clock = clock
+        self._writer = CheckpointWriter(
+            run.checkpoints,
+            CheckpointContents(work.model, work.tokenizer.files(), work.tokenizer.token_ids),
+            keep_latest=run.config.checkpoint.keep_latest,
+        )
+        self._launched: _Launched | None = None
+        self._skips = 0
+        self._loss: float | None = None
+        self._held_out: HeldOut | None = None
+        self._evaluated_step: int | None = None
+        self._checkpoint: Path | None = None
+        self._saved_step = self._start_step
+        self._began = self._last_save = clock()
+        self._interval = _Interval(self._began)
+        self._elapsed_before = self._progress.elapsed_seconds
+
+    def fit(self) -> TrainResult:
+        """Train to the last step.
+
+        Raises:
+            StoppedBySignal: SIGINT or SIGTERM came; the run is saved.
+            StorageError: a save failed; the checkpoints before it are untouched.
+            SoloLLMError: ten steps in a row were not finite.
+        """
+        status = "failed"
+        try:
+            with StopRequest() as stop, Prefetch(self._work.stream) as batches, self._writer:
+                self._start(batches)
+                while self._progress.step < self._total_steps:
+                    self._launch(batches)
+                    if self._evaluation_due():
+                        self._evaluate()
+                    if self._samples_due():
+                        self._write_samples()
+                    if self._save_due():
+                        self._save(rank=True)
+                    self._note_finished_save()
+                    if stop.signal_number is not None and self._progress.step < self._total_steps:
+                        status = "stopped"
+                        self._stop(stop.signal_number)
+                self._note_finished_save(wait=True)
+                status = "finished"
+            return self._result()
+        finally:
+            self._log.finish({"status": status, **self._summary()})
+
+    def _start(self, batches: Prefetch) -> None:
+        """Tell the sinks; then one step that changes nothing, so that running out of memory, a
+        full disk or broken numbers show in seconds and not after an hour."""
+        steps = {"start_step": self._start_step, "total_steps": self._total_steps}
+        self._log.start({"run": self._run.path.name, **steps, **self._work.facts})
+        for note in self._work.notes:
+            self._log.event(**note)
+        with closing(self._session.snapshot()) as snapshot:
+            self._writer.require_room(snapshot)
+        metrics = self._session.probe_step(batches.batch(self._progress.step))
+        if not (math.isfinite(metrics.loss) and math.isfinite(metrics.grad_norm)):
+            raise BackendError(
+                f"the dry run of step {self._progress.step + 1} is not finite:"
+                f" loss {metrics.loss}, gradient norm {metrics.grad_norm}",
+                why="the weights or the numerics are broken before any training",
+                fix="check --init-from, or train with --set train.compute_dtype=float32",
+            )
+        self._interval = _Interval(self._clock())
+
+    def _launch(self, batches: Prefetch) -> None:
+        """Start the next step, then read the one before while this one runs."""
+        step = self._progress.step
+        begun = self._clock()
+        batch = batches.batch(step)
+        self._interval.data_wait_seconds += self._clock() - begun
+        lr = lr_at(
+            step, total_steps=self._total_steps, peak_lr=self._peak_lr,
+            table=self._config.schedule,
+        )  # fmt: skip
+        pending = self._session.train_step(batch, lr=lr)
+        self._resolve()
+        self._progress.step = step + 1
+        self._launched = _Launched(step + 1, lr, pending)
+        if step + 1 == self._total_steps:
+            self._resolve()
+
+    def _resolve(self) -> None:
+        """Read the step in flight, if there is one: the only wait for the device."""
+        if self._launched is None:
+            return
+        launched, self._launched = self._launched, None
+        metrics = launched.pending.result()
+        self._progress.tokens_seen += metrics.tokens
+        self._interval.tokens += metrics.tokens
+        self._watch_for_skips(launched.step, metrics)
+        self._loss = metrics.loss
+        if launched.step % self._config.log.every_steps == 0 or launched.step == self._total_steps:
+            self._write_metrics(launched, metrics)
+
+    def _watch_for_skips(self, step: int, metrics: StepMetrics) -> None:
+        if not metrics.skipped:
+            self._skips = 0
+            return
+        self._skips += 1
+        self._log.event(
+            "step_skipped", step=step, loss=finite(metrics.loss),
+            grad_norm=finite(metrics.grad_norm), in_a_row=self._skips,
+        )  # fmt: skip
+        if self._skips >= MAX_CONSECUTIVE_SKIPS:
+            self._note_finished_save(wait=True)
+            raise SoloLLMError(
+                f"{self._skips} steps in a row, up to step {step}, were not finite",
+                why="the weights or the numerics are broken; waiting does not mend them",
+                fix=f"the last good checkpoint is {self._checkpoint or 'none yet'}; go on from it"
+                " with a lower optimizer.lr: `solollm pretrain --init-from CHECKPOINT`",
+            )
+
+    def _write_metrics(self, launched: _Launched, metrics: StepMetrics) -> None:
+        now = self._clock()
+        seconds = now - self._interval.begun - self._interval.aside_seconds
+        memory = self._session.memory()
+        self._log.metrics(
+            {
+                "step": launched.step,
+                "loss": finite(metrics.loss),
+                "bits_per_byte": self._train_bits_per_byte(metrics.loss),
+                "lr": launched.lr,
+                "grad_norm": finite(metrics.grad_norm),
+                "tokens_per_second": self._interval.tokens / seconds if seconds > 0 else None,
+                "tokens_seen": self._progress.tokens_seen,
+                "data_wait_seconds": self._interval.data_wait_seconds,
+                "memory_bytes": memory.current_bytes,
+                "peak_memory_bytes": memory.peak_bytes,
+                "elapsed_seconds": self._elapsed(),
+            }
+        )
+        self._interval = _Interval(now)
+
+    def _evaluation_due(self) -> bool:
+        every, step = self._config.eval.every_steps, self._progress.step
+        return step == self._total_steps or (every > 0 and step % every == 0)
+
+    def _evaluate(self) -> None:
+        if self._work.validation is None:
+            return
+        self._resolve()
+        with self._aside() as seconds:
+            measured = held_out_loss(
+                self._session, self._work.validation, self._config.eval.batches
+            )
+        self._held_out = measured
+        self._evaluated_step = self._progress.step
+        self._log.evaluation(
+            {
+                "step": self._progress.step,
+                "loss": finite(measured.loss),
+                "bits_per_byte": finite(measured.bits_per_byte),
+                "targets": measured.targets,
+                "seconds": seconds(),
+            }
+        )
+
+    def _samples_due(self) -> bool:
+        every, step = self._config.eval.sample_every_steps, self._progress.step
+        if every > 0:
+            return step % every == 0 or step == self._total_steps
+        return step in {self._total_steps // 4, self._total_steps // 2, self._total_steps}
+
+    def _write_samples(self) -> None:
+        self._resolve()
+        work = self._work
+        with self._aside():
+            drawn = samples(self._session, work.tokenizer, work.model, self._config.eval)
+        for sample in drawn:
+            self._log.sample({"step": self._progress.step, **sample._asdict()})
+
+    def _save_due(self) -> bool:
+        table, step = self._config.checkpoint, self._progress.step
+        waited = self._clock() - self._last_save
+        return (
+            step == self._total_steps
+            or (table.every_steps > 0 and step % table.every_steps == 0)
+            or (table.every_minutes > 0 and waited >= 60.0 * table.every_minutes)
+        )
+
+    def _save(self, *, rank: bool) -> None:
+        """Start a save of this step, once the one before has ended. With `rank` the step is
+        evaluated first, so that the best is chosen among checkpoints that exist."""
+        self._resolve()
+        if rank and self._config.checkpoint.keep_best:
+            self._rank()
+        with self._aside():
+            self._note_finished_save(wait=True)
+            snapshot = self._session.snapshot()
+            best = self._progress.best_step
+            keep = () if best is None else (best,)
+            self._writer.submit(snapshot, self._state(snapshot.session_state), keep)
+        self._saved_step, self._last_save = self._progress.step, self._clock()
+
+    def _rank(self) -> None:
+        if self._evaluated_step != self._progress.step:
+            self._evaluate()
+        if self._held_out is None or not math.isfinite(self._held_out.loss):
+            return
+        best = self._progress.best_loss
+        if best is None or self._held_out.loss < best:
+            self._progress.best_loss = self._held_out.loss
+            self._progress.best_step = self._progress.step
+
+    def _note_finished_save(self, *, wait: bool = False) -> None:
+        saved = self._writer.finished(wait=wait)
+        if saved is not None:
+            self._checkpoint = saved.path
+            self._log.event(
+                "checkpoint_saved", step=saved.step, path=saved.path.name, seconds=saved.seconds
+            )
+
+    def _stop(self, signal_number: int) -> None:
+        self._resolve()
+        if self._saved_step != self._progress.step:
+            self._save(rank=False)
+        self._note_finished_save(wait=True)
+        name = signal.Signals(signal_number).name
+        self._log.event("stopped", step=self._progress.step, signal=name)
+        raise StoppedBySignal(
+            f"stopped by {name} after step {self._progress.step} of {self._total_steps}; saved",
+            signal_number=signal_number,
+            fix=f"`solollm resume {self._run.path}` goes on",
+        )
+
+    def _state(self, session_state: Mapping[str, int | float]) -> TrainerState:
+        progress = self._progress
+        return TrainerState(
+            step=progress.step,
+            tokens_seen=progress.tokens_seen,
+            session_state=dict(session_state),
+            data=DataPosition(
+                fingerprint=self._work.stream.fingerprint,
+                seed=self._config.train.seed,
+                step=progress.step,
+            ),
+            best_loss=progress.best_loss,
+            best_step=progress.best_step,
+            elapsed_seconds=self._elapsed(),
+            environment=self._work.environment,
+        )
+
+    def _result(self) -> TrainResult:
+        assert self._checkpoint is not None, "the last step is always saved"
+        return TrainResult(run=self._run.path, checkpoint=self._checkpoint, **self._summary())
+
+    def _summary(self) -> dict[str, Any]:
+        measured = self._held_out
+        return {
+            "start_step": self._start_step,
+            "step": self._progress.step,
+            "tokens_seen": self._progress.tokens_seen,
+            "loss": self._loss,
+            "validation_loss": measured.loss if measured else None,
+            "bits_per_byte": measured.bits_per_byte if measured else None,
+            "best_step": self._progress.best_step,
+            "elapsed_seconds": self._elapsed(),
+        }
+
+    def _train_bits_per_byte(self, loss: float) -> float | None:
+        ratio = self._work.bytes_per_target
+        return finite(bits_per_byte(loss, ratio)) if ratio else None
+
+    def _elapsed(self) -> float:
+        return self._elapsed_before + self._clock() - self._began
+
+    @contextmanager
+    def _aside(self) -> Iterator[Callable[[], float]]:
+        """Time that is not training, kept out of tokens per second; yields its clock."""
+        begun = self._clock()
+        yield lambda: self._clock() - begun
+        self._interval.aside_seconds += self._clock() - begun

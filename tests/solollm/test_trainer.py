@@ -1,0 +1,477 @@
+"""The loop with a session of a few numbers: what it writes down, when it saves, how it ends."""
+
+from __future__ import annotations
+
+import errno
+import json
+import math
+import os
+import signal
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from solollm import durable
+from solollm.architecture import ModelConfig, initial_parameters
+from solollm.backend import (
+    Batch,
+    DType,
+    Engine,
+    EngineOptions,
+    HostTensor,
+    MemoryStats,
+    PendingMetrics,
+    Snapshot,
+    StepMetrics,
+    TensorSource,
+    TrainSession,
+)
+from solollm.checkpoint import Environment, latest_checkpoint, open_checkpoint
+from solollm.config import RunConfig, parse_config
+from solollm.data.stream import batch_digest, open_stream
+from solollm.errors import BackendError, SoloLLMError, StoppedBySignal, StorageError
+from solollm.run_log import Row
+from solollm.runs import Run
+from solollm.tokenizer import Tokenizer
+from solollm.trainer import MAX_CONSECUTIVE_SKIPS, Progress, Trainer, TrainResult, Workload
+
+SEQ_LEN, ROWS = 64, 4
+
+
+class Done(PendingMetrics):
+    def __init__(self, metrics: StepMetrics) -> None:
+        self.metrics = metrics
+
+    def result(self) -> StepMetrics:
+        return self.metrics
+
+
+class CopiedSnapshot(Snapshot):
+    def __init__(self, session: FakeSession) -> None:
+        self.session_state = dict(session.session_state)
+        self._weights = {n: HostTensor.of(a.copy()) for n, a in session.weights.items()}
+
+    def parameters(self) -> Iterator[tuple[str, HostTensor]]:
+        yield from self._weights.items()
+
+    def optimizer(self) -> Iterator[tuple[str, HostTensor]]:
+        for name, tensor in self._weights.items():
+            yield f"exp_avg.{name}", tensor
+
+    def parameter_specs(self) -> list[tuple[str, DType, tuple[int, ...]]]:
+        return [(n, t.dtype, t.shape) for n, t in self._weights.items()]
+
+    def optimizer_specs(self) -> list[tuple[str, DType, tuple[int, ...]]]:
+        return [(f"exp_avg.{n}", t.dtype, t.shape) for n, t in self._weights.items()]
+
+
+@dataclass
+class FakeSession(TrainSession):
+    """Weights that move by the learning rate; `poisoned` steps (counted from 1) are skipped."""
+
+    model: ModelConfig
+    poisoned: frozenset[int] = frozenset()
+    losses: Callable[[int], float] = lambda updates: 3.0  # held-out, after so many updates
+    on_step: Callable[[int], None] = lambda step: None
+    updates: int = 0
+    launched: int = 0
+    seen: list[tuple[str, float]] = field(default_factory=list)
+    probe_loss: float = 4.0
+
+    def __post_init__(self) -> None:
+        self.weights = {name: array.copy() for name, array in initial_parameters(self.model, 0)}
+
+    def train_step(self, batch: Batch, *, lr: float) -> PendingMetrics:
+        self.launched += 1
+        self.seen.append((batch_digest(batch), lr))
+        self.on_step(self.launched)
+        if self.launched in self.poisoned:
+            return Done(StepMetrics(math.nan, math.inf, batch.num_targets, True))
+        for array in self.weights.values():
+            array -= np.float32(lr)
+        self.updates += 1
+        return Done(StepMetrics(4.0 / self.launched, 1.0, batch.num_targets, False))
+
+    def probe_step(self, batch: Batch) -> StepMetrics:
+        return StepMetrics(self.probe_loss, 1.0, batch.num_targets, False)
+
+    def eval_step(self, batch: Batch) -> tuple[float, int]:
+        return self.losses(self.updates) * batch.num_targets, batch.num_targets
+
+    def token_logprobs(self, batch: Batch, *, adapter: bool = True) -> np.ndarray:
+        raise NotImplementedError
+
+    def engine(self, options: EngineOptions) -> Engine:
+        raise NotImplementedError
+
+    def snapshot(self) -> Snapshot:
+        return CopiedSnapshot(self)
+
+    def import_parameters(self, source: TensorSource) -> None:
+        self.weights = {name: source.read(name).float32().copy() for name in source.names()}
+
+    def import_optimizer(self, source: TensorSource, state: Mapping[str, int | float]) -> None:
+        self.updates = int(state["updates"])
+
+    @property
+    def session_state(self) -> Mapping[str, int | float]:
+        return {"updates": self.updates}
+
+    def memory(self) -> MemoryStats:
+        return MemoryStats(1, 2)
+
+    def close(self) -> None: ...
+
+
+class Recorder:
+    """A sink that keeps all it was told."""
+
+    def __init__(self) -> None:
+        self.told: list[tuple[str, Row]] = []
+
+    def __getattr__(self, name: str) -> Callable[[Row], None]:
+        return lambda row: self.told.append((name, dict(row)))
+
+    def rows(self, name: str) -> list[Row]:
+        return [row for told, row in self.told if told == name]
+
+
+@pytest.fixture
+def model(small_tokenizer: Tokenizer) -> ModelConfig:
+    return ModelConfig(
+        vocab_size=small_tokenizer.padded_vocab_size, hidden_size=4, intermediate_size=4,
+        num_hidden_layers=1, num_attention_heads=1, num_key_value_heads=1,
+        max_position_embeddings=SEQ_LEN,
+    )  # fmt: skip
+
+
+@pytest.fixture
+def no_samples(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The fake has no engine; what a sample is, is tested in test_held_out.py."""
+    monkeypatch.setattr("solollm.trainer.samples", lambda *arguments: [])
+
+
+def config_of(model: ModelConfig, steps: int, **tables: dict[str, Any]) -> RunConfig:
+    raw: dict[str, Any] = {
+        "model": {"config": model.model_dump()},
+        "data": {"seq_len": SEQ_LEN},
+        "optimizer": {"lr": 0.1},
+        "train": {"steps": steps, "batch_size": ROWS},
+        "eval": {"every_steps": 0, "batches": 1},
+        "log": {"every_steps": 1},
+        "checkpoint": {"every_steps": 0, "every_minutes": 0},
+    }
+    for name, table in tables.items():
+        raw[name] = {**raw.get(name, {}), **table}
+    return parse_config(raw)
+
+
+@dataclass
+class Bench:
+    """Everything a trainer needs, with a fake session."""
+
+    run: Run
+    session: FakeSession
+    work: Workload
+    sink: Recorder
+
+    def trainer(self, **options: Any) -> Trainer:
+        return Trainer(self.work, self.run, sinks=[self.sink], **options)
+
+    def fit(self, **options: Any) -> TrainResult:
+        return self.trainer(**options).fit()
+
+    def saved_steps(self) -> list[int]:
+        return sorted(int(path.name[5:]) for path in self.run.checkpoints.iterdir())
+
+    def events(self, kind: str) -> list[dict[str, Any]]:
+        return [event for event in self.run.read_events() if event["kind"] == kind]
+
+
+@pytest.fixture
+def bench(
+    tmp_path: Path, small_corpus: Path, small_tokenizer: Tokenizer, model: ModelConfig,
+    no_samples: None,
+) -> Callable[..., Bench]:  # fmt: skip
+    def make(steps: int = 10, session: FakeSession | None = None, **tables: Any) -> Bench:
+        config = config_of(model, steps, **tables)
+        path = tmp_path / "run"
+        run = Run.open(path) if path.exists() else Run.create(path, config)
+        run.config = config
+        session = session or FakeSession(model)
+        shape: dict[str, Any] = {"seq_len": SEQ_LEN, "batch_size": ROWS, "seed": 0}
+        stream = open_stream(small_corpus, split="train", **shape)
+        work = Workload(
+            session=session,
+            stream=stream,
+            model=model,
+            tokenizer=small_tokenizer,
+            environment=Environment(
+                backend="fake", device="cpu", micro_batch_size=ROWS, compute_dtype="float32"
+            ),
+            bytes_per_target=stream.bytes_per_target,
+            validation=open_stream(small_corpus, split="validation", **shape),
+        )
+        return Bench(run, session, work, Recorder())
+
+    return make
+
+
+def test_every_step_gets_its_own_batch_and_learning_rate(bench) -> None:
+    """Guards against a prefetched batch that is one step off, and a schedule that is."""
+    made = bench(steps=6, schedule={"name": "linear", "warmup_fraction": 0, "final_fraction": 0})
+    made.fit()
+    expected = [
+        (batch_digest(made.work.stream.batch(step)), pytest.approx(0.1 * (5 - step) / 6))
+        for step in range(6)
+    ]
+    assert made.session.seen == expected
+
+
+def test_metrics_are_written_every_n_steps_and_at_the_end(bench) -> None:
+    """Guards against rows that describe the neighbouring step: the result is read one step late."""
+    made = bench(steps=7, log={"every_steps": 3})
+    result = made.fit()
+    rows = [row for row in made.run.read_metrics() if row["kind"] == "train"]
+    assert [row["step"] for row in rows] == [3, 6, 7]
+    assert [row["loss"] for row in rows] == pytest.approx([4 / 3, 4 / 6, 4 / 7])
+    targets = [made.work.stream.batch(step).num_targets for step in range(7)]
+    assert [row["tokens_seen"] for row in rows] == [
+        sum(targets[:3]),
+        sum(targets[:6]),
+        sum(targets),
+    ]
+    bits = 4 / 3 / math.log(2) / made.work.bytes_per_target
+    assert rows[0]["bits_per_byte"] == pytest.approx(bits)
+    assert rows[0]["memory_bytes"] == 1
+    assert made.sink.rows("metrics") == rows
+    assert (result.step, result.tokens_seen) == (7, sum(targets))
+
+
+def test_throughput_leaves_out_evaluations_and_saves(bench) -> None:
+    """Guards against tokens per second that drop whenever a run is evaluated."""
+    now = [0.0]
+    session = None
+
+    def tick(step: int) -> None:
+        now[0] += 2.0
+
+    made = bench(steps=4, log={"every_steps": 2}, eval={"every_steps": 1})
+    session = made.session
+    session.on_step = tick
+
+    def slow(updates: int) -> float:
+        now[0] += 100.0
+        return 3.0
+
+    session.losses = slow
+    made.fit(clock=lambda: now[0])
+    rows = made.sink.rows("metrics")
+    targets = [made.work.stream.batch(step).num_targets for step in range(4)]
+    assert rows[0]["tokens_per_second"] == pytest.approx(sum(targets[:2]) / 4.0)
+    assert rows[1]["tokens_per_second"] == pytest.approx(sum(targets[2:]) / 4.0)
+
+
+def test_evaluation_covers_the_same_held_out_batches_each_time(bench) -> None:
+    """Guards against a held-out loss that changes because other text was read."""
+    made = bench(steps=4, eval={"every_steps": 2})
+    made.session.losses = lambda updates: 5.0 - updates
+    result = made.fit()
+    rows = made.sink.rows("evaluation")
+    assert [(row["step"], row["loss"]) for row in rows] == [(2, 3.0), (4, 1.0)]
+    assert len({row["targets"] for row in rows}) == 1
+    assert made.work.validation is not None
+    bits = 1.0 / math.log(2) / made.work.validation.bytes_per_target
+    assert result.bits_per_byte == pytest.approx(bits)
+
+
+def test_the_latest_and_the_best_checkpoint_are_kept(bench) -> None:
+    """Guards against a best checkpoint that is pruned, and a disk that fills up."""
+    made = bench(steps=6, checkpoint={"every_steps": 1, "keep_latest": 2})
+    made.session.losses = lambda updates: abs(updates - 2) + 1.0
+    result = made.fit()
+    assert made.saved_steps() == [2, 5, 6]
+    assert result.best_step == 2
+    state = open_checkpoint(result.checkpoint).state
+    assert (state.best_step, state.best_loss) == (2, 1.0)
+
+
+def test_without_keep_best_only_the_latest_stay(bench) -> None:
+    """Guards against `keep_best = false` without effect."""
+    made = bench(steps=5, checkpoint={"every_steps": 1, "keep_latest": 3, "keep_best": False})
+    made.fit()
+    assert made.saved_steps() == [3, 4, 5]
+
+
+def test_saves_by_time_follow_the_monotonic_clock(bench) -> None:
+    """Guards against hours of work that no step count would have saved."""
+    now = [1000.0]
+    made = bench(steps=9, checkpoint={"every_minutes": 1.0, "keep_latest": 10})
+    made.session.on_step = lambda step: now.__setitem__(0, now[0] + 25.0)
+    made.fit(clock=lambda: now[0])
+    assert made.saved_steps() == [3, 6, 9]
+
+
+def test_a_checkpoint_holds_the_weights_of_its_own_step(bench) -> None:
+    """Guards against a save on another thread that sees weights of later steps."""
+    made = bench(steps=5, checkpoint={"every_steps": 2, "keep_latest": 5})
+    made.fit()
+    name = "model.norm.weight"
+    for step in (2, 4, 5):
+        checkpoint = open_checkpoint(made.run.checkpoints / f"step-{step:08d}")
+        lrs = np.float32([lr for _, lr in made.session.seen[:step]])
+        expected = np.ones(4, np.float32)
+        for lr in lrs:
+            expected = expected - lr
+        np.testing.assert_array_equal(checkpoint.parameters().read(name).float32(), expected)
+        assert checkpoint.state.session_state == {"updates": step}
+        assert checkpoint.state.data.step == step
+
+
+def test_a_non_finite_step_costs_one_step(bench) -> None:
+    """Guards against a NaN that stays in a window, or in a file as text that is not JSON."""
+    made = bench(steps=6, session=None)
+    made.session.poisoned = frozenset({3})
+    result = made.fit()
+    assert made.session.updates == 5
+    assert result.step == 6
+    assert [event["step"] for event in made.events("step_skipped")] == [3]
+    lines = (made.run.path / "metrics.jsonl").read_text().splitlines()
+    row = next(r for r in map(json.loads, lines) if r["step"] == 3)
+    assert row["loss"] is None
+    assert "NaN" not in "".join(lines)
+
+
+def test_ten_skips_in_a_row_end_the_run_and_name_the_last_good_checkpoint(bench) -> None:
+    """Guards against days of steps that change nothing."""
+    made = bench(steps=40, checkpoint={"every_steps": 5})
+    made.session.poisoned = frozenset(range(8, 40))
+    with pytest.raises(SoloLLMError, match="10 steps in a row, up to step 17") as caught:
+        made.fit()
+    assert "step-00000015" in caught.value.fix
+    assert caught.value.exit_code == 1
+    assert made.sink.rows("finish")[-1]["status"] == "failed"
+    assert len(made.events("step_skipped")) == MAX_CONSECUTIVE_SKIPS
+
+
+def test_skips_that_are_not_in_a_row_do_not_add_up(bench) -> None:
+    """Guards against a counter that is never reset."""
+    made = bench(steps=40)
+    made.session.poisoned = frozenset(range(1, 40, 2))
+    assert made.fit().step == 40
+
+
+def test_the_dry_run_refuses_broken_numbers_before_the_first_step(bench) -> None:
+    """Guards against an hour of training from weights that hold NaN."""
+    made = bench()
+    made.session.probe_loss = math.nan
+    with pytest.raises(BackendError, match="dry run of step 1 is not finite"):
+        made.fit()
+    assert made.session.launched == 0
+
+
+@pytest.mark.parametrize(
+    ("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)], ids=["term", "int"]
+)
+def test_a_signal_finishes_the_step_saves_and_stops(bench, number, code) -> None:
+    """Guards against Ctrl-C that loses the steps since the last save."""
+    made = bench(steps=10)
+    made.session.on_step = lambda step: os.kill(os.getpid(), number) if step == 4 else None
+    with pytest.raises(StoppedBySignal, match="after step 4 of 10") as caught:
+        made.fit()
+    assert caught.value.exit_code == code
+    assert made.saved_steps() == [4]
+    assert made.sink.rows("finish")[-1]["status"] == "stopped"
+    assert signal.getsignal(number) != signal.SIG_IGN
+
+
+def test_a_signal_in_the_last_step_finishes_the_run(bench) -> None:
+    """Guards against a finished run that is reported as interrupted."""
+    made = bench(steps=3)
+    made.session.on_step = lambda step: os.kill(os.getpid(), signal.SIGINT) if step == 3 else None
+    assert made.fit().step == 3
+
+
+class FullDisk(durable.Disk):
+    """Has room for everything but the checkpoint of step 8."""
+
+    def open(self, path: Path, flags: int) -> int:
+        if "step-00000008" in str(path):
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return super().open(path, flags)
+
+
+def test_a_full_disk_ends_the_run_and_keeps_the_last_good_checkpoint(bench, monkeypatch) -> None:
+    """Guards against a failed save that takes the good one with it, or is noticed by nobody."""
+    monkeypatch.setattr(durable, "DISK", FullDisk())
+    made = bench(steps=20, checkpoint={"every_steps": 4})
+    with pytest.raises(StorageError) as caught:
+        made.fit()
+    assert caught.value.exit_code == 74
+    checkpoint, damaged = latest_checkpoint(made.run.checkpoints)
+    assert checkpoint is not None
+    assert (checkpoint.step, damaged) == (4, [])
+
+
+def test_a_disk_without_room_is_noticed_before_the_first_step(bench, monkeypatch) -> None:
+    """Guards against a night of training that ends at its first save."""
+    monkeypatch.setattr(durable.DISK, "free_bytes", lambda path: 1000, raising=False)
+    made = bench()
+    with pytest.raises(StorageError, match="not enough disk space"):
+        made.fit()
+    assert made.session.launched == 0
+
+
+def test_a_sink_that_fails_is_dropped_and_the_run_goes_on(bench) -> None:
+    """Guards against a tracker's lost connection that ends days of training."""
+
+    class Broken(Recorder):
+        def metrics(self, row: Row) -> None:
+            raise ConnectionError("no tracker")
+
+    made = bench(steps=3)
+    made.sink = Broken()
+    assert made.fit().step == 3
+    assert [event["sink"] for event in made.events("sink_failed")] == ["Broken"]
+
+
+def test_a_resumed_run_writes_the_rows_of_an_undisturbed_one(bench, model) -> None:
+    """Guards against doubled or missing steps in metrics.jsonl after a crash."""
+    made = bench(steps=10, checkpoint={"every_steps": 4, "keep_latest": 5})
+
+    def crash(step: int) -> None:
+        if step == 7:
+            raise RuntimeError("power cut")
+
+    made.session.on_step = crash
+    with pytest.raises(RuntimeError):
+        made.fit()
+    assert [row["step"] for row in made.sink.rows("metrics")] == [1, 2, 3, 4, 5]
+    checkpoint, _ = latest_checkpoint(made.run.checkpoints)
+    assert checkpoint is not None
+    again = bench(steps=10, session=FakeSession(model, launched=4))
+    again.session.import_parameters(checkpoint.parameters())
+    again.session.import_optimizer(checkpoint.optimizer(), checkpoint.state.session_state)
+    again.run.rewind_metrics(checkpoint.step)
+    state = checkpoint.state
+    again.fit(progress=Progress(step=state.step, tokens_seen=state.tokens_seen))
+    rows = [row for row in again.run.read_metrics() if row["kind"] == "train"]
+    assert [row["step"] for row in rows] == list(range(1, 11))
+    assert [row["loss"] for row in rows] == pytest.approx([4 / step for step in range(1, 11)])
+
+
+def test_samples_are_drawn_at_a_quarter_half_and_the_end(bench, monkeypatch) -> None:
+    """Guards against a run that says nothing until it is over."""
+    from solollm.held_out import Sample
+
+    monkeypatch.setattr("solollm.trainer.samples", lambda *arguments: [Sample("a", "b")])
+    made = bench(steps=8)
+    made.fit()
+    rows = made.sink.rows("sample")
+    assert [(row["step"], row["prompt"], row["text"]) for row in rows] == [
+        (2, "a", "b"), (4, "a", "b"), (8, "a", "b"),
+    ]  # fmt: skip
