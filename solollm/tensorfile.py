@@ -88,7 +88,11 @@ class TensorFile:
         if info.dtype not in BITS_DTYPE:
             place = f"tensor {name!r}"
             raise refused(self.path, place, f"{info.dtype} cannot be loaded here")
-        data = np.empty(info.shape, BITS_DTYPE[info.dtype])
+        try:
+            data = np.empty(info.shape, BITS_DTYPE[info.dtype])
+        except MemoryError:
+            needed = f"needs {info.end - info.begin:,} bytes of memory"
+            raise refused(self.path, f"tensor {name!r}", needed) from None
         read_at(self._fd, _as_bytes(data), info.begin, self.path)
         return HostTensor(cast(DType, info.dtype), info.shape, data)
 

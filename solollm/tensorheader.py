@@ -21,6 +21,7 @@ MAX_TENSORS = 100_000
 MAX_DIMS = 16
 MAX_NAME_CHARACTERS = 512
 _MAX_COMMAS = 16 * MAX_TENSORS
+_MAX_WIDE_BYTES = 1 << 24
 _MAX_ELEMENTS = 2**60
 _METADATA = "__metadata__"
 
@@ -117,6 +118,9 @@ def _refuse_bombs(raw: bytes | bytearray, path: Path) -> None:
     tensors = raw.count(b"{")
     if tensors > MAX_TENSORS + 2:
         raise refused(path, "the header", f"about {tensors:,} tensors, over {MAX_TENSORS:,}")
+    if len(raw) > _MAX_WIDE_BYTES and (b"\\" in raw or not raw[8:].isascii()):
+        # One wide character makes Python spend four bytes on every other of its string.
+        raise refused(path, "the header", f"over {_MAX_WIDE_BYTES:,} bytes and not plain ASCII")
     if raw.count(b",") > _MAX_COMMAS or raw.count(b"[") > 2 * MAX_TENSORS + 2:
         raise refused(path, "the header", "too many values for a header")
 
