@@ -1,7 +1,9 @@
-"""Causal attention, whole rows or document by document.
+"""Causal attention, over whole rows or within packed documents.
 
-Packed rows hold several documents; attention stays within each. `Segments` is made once per
-micro-batch from `segment_ids`, `attend` is called once per layer.
+Packed rows hold several documents and attention stays within each. `Segments` is made once per
+micro-batch from `segment_ids`; `attend` is called once per layer. On the CPU every document is
+attended to on its own, so that no masked product is computed and a document cannot even round
+differently when its neighbour changes; elsewhere one boolean mask serves all rows.
 
 Shapes: B rows, T positions, H query heads, K key/value heads, D head size.
 """
@@ -9,39 +11,61 @@ Shapes: B rows, T positions, H query heads, K key/value heads, D head size.
 from __future__ import annotations
 
 import itertools
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
+from torch.autograd import Function
+from torch.autograd.function import once_differentiable
 from torch.nn.functional import scaled_dot_product_attention
 
 
 class Document(NamedTuple):
-    """Positions `start` to `stop` (exclusive) of `row` belong together."""
+    """Positions `start` to `stop` of each row from `first_row` to `last_row` (both exclusive at
+    the end): one document, or equally placed documents of neighbouring rows."""
 
-    row: int
+    first_row: int
+    last_row: int
     start: int
     stop: int
 
+    def of(self, x: Tensor) -> Tensor:
+        """Its part of [B, heads, T, ...]."""
+        return x[self.first_row : self.last_row, :, self.start : self.stop]
+
 
 class Segments(NamedTuple):
-    """The documents of a micro-batch, in row and position order; together they cover it."""
+    """The documents of a micro-batch. They cover it without overlap."""
 
     documents: tuple[Document, ...]
+    mask: Tensor | None  # bool [B, 1, T, T], True where attention is allowed; None on the CPU
 
     @classmethod
-    def of(cls, segment_ids: np.ndarray) -> Segments | None:
+    def of(cls, segment_ids: np.ndarray, device: torch.device) -> Segments | None:
         """From int [B, T], equal ids contiguous; None when every row is one document."""
-        num_rows, length = segment_ids.shape
         borders = segment_ids[:, 1:] != segment_ids[:, :-1]  # [B, T - 1]
         if not borders.any():
             return None
-        documents = []
-        for row in range(num_rows):
-            cuts = [0, *(np.flatnonzero(borders[row]) + 1).tolist(), length]
-            documents += [Document(row, a, b) for a, b in itertools.pairwise(cuts)]
-        return cls(tuple(documents))
+        mask = None
+        if device.type != "cpu":
+            ids = torch.from_numpy(np.ascontiguousarray(segment_ids)).to(device)
+            mask = (ids.unsqueeze(1) == ids.unsqueeze(2)).tril().unsqueeze(1)  # [B, 1, T, T]
+        return cls(tuple(_documents(borders)), mask)
+
+
+def _documents(borders: np.ndarray) -> list[Document]:
+    documents: list[Document] = []
+    length = borders.shape[1] + 1
+    for row, border in enumerate(borders):
+        cuts = [0, *(np.flatnonzero(border) + 1).tolist(), length]
+        for start, stop in itertools.pairwise(cuts):
+            last = documents[-1] if documents else None
+            if last is not None and last[1:] == (row, start, stop):
+                documents[-1] = last._replace(last_row=row + 1)
+            else:
+                documents.append(Document(row, row + 1, start, stop))
+    return documents
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, segments: Segments | None) -> Tensor:
@@ -52,12 +76,49 @@ def attend(q: Tensor, k: Tensor, v: Tensor, segments: Segments | None) -> Tensor
     grouped = q.shape[1] != k.shape[1]
     if segments is None:
         return scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=grouped)
-    rows: list[list[Tensor]] = [[] for _ in range(q.shape[0])]
-    for row, start, stop in segments.documents:
-        part = (slice(row, row + 1), slice(None), slice(start, stop))
-        rows[row].append(
-            scaled_dot_product_attention(
-                q[part], k[part], v[part], is_causal=True, enable_gqa=grouped
-            )
-        )
-    return torch.cat([torch.cat(row, dim=2) for row in rows])
+    if segments.mask is not None:
+        return scaled_dot_product_attention(q, k, v, attn_mask=segments.mask, enable_gqa=grouped)
+    if grouped:
+        groups = q.shape[1] // k.shape[1]
+        k, v = k.repeat_interleave(groups, dim=1), v.repeat_interleave(groups, dim=1)
+    attended: Tensor = _PerDocument.apply(q, k, v, segments.documents)  # type: ignore[no-untyped-call]
+    return attended
+
+
+class _PerDocument(Function):
+    """A loop of the CPU's flash kernel over documents, each result written to its place.
+
+    Written by hand because slicing under autograd would fill a zero tensor of the full size per
+    document and layer. The two operators are what `scaled_dot_product_attention` calls on the CPU.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, q: Tensor, k: Tensor, v: Tensor, documents: tuple[Document, ...]
+    ) -> Tensor:
+        rows, heads, length, dim = q.shape
+        # Laid out [B, T, H, D] in memory, so that merging the heads later is no copy.
+        out = q.new_empty(rows, length, heads, dim).transpose(1, 2)
+        ctx.documents, log_sums = documents, []
+        flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+        for document in documents:
+            part, log_sum = flash(document.of(q), document.of(k), document.of(v), 0.0, True)
+            document.of(out).copy_(part)
+            log_sums.append(log_sum)
+        ctx.save_for_backward(q, k, v, out, *log_sums)
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
+        q, k, v, out, *log_sums = ctx.saved_tensors
+        inputs = (q, k, v)
+        rows, heads, length, dim = q.shape
+        grads = [q.new_empty(rows, length, heads, dim).transpose(1, 2) for _ in inputs]
+        flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
+        for document, log_sum in zip(ctx.documents, log_sums, strict=True):
+            q, k, v = (document.of(x) for x in inputs)
+            parts = flash(document.of(grad), q, k, v, document.of(out), log_sum, 0.0, True)
+            for whole, part in zip(grads, parts, strict=True):
+                document.of(whole).copy_(part)
+        return grads[0], grads[1], grads[2], None

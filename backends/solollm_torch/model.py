@@ -20,7 +20,7 @@ from torch.utils.checkpoint import checkpoint
 
 from solollm.architecture import ModelConfig
 from solollm_torch.attention import Segments, attend
-from solollm_torch.ops import Rotary, linear, project_heads, rms_norm, rotary_table, swiglu
+from solollm_torch.ops import Rotary, linear, rms_norm, rotary_table, split_heads, swiglu
 
 
 class Block(nn.Module):
@@ -62,7 +62,7 @@ class Block(nn.Module):
         norms = None
         if self.q_norm is not None and self.k_norm is not None:
             norms = (self.q_norm, self.k_norm)
-        return project_heads(qkv, self.num_heads, rotary, norms, self.eps)
+        return split_heads(qkv, self.num_heads, rotary, norms, self.eps)
 
     def merge(self, x: Tensor, attended: Tensor) -> Tensor:
         """Add the attention output [B, H, T, D] to the residual stream [B, T, C]."""

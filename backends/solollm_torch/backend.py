@@ -1,0 +1,120 @@
+"""The entry point `solollm.backends: torch`: what PyTorch can do here, its sessions and engines."""
+
+from __future__ import annotations
+
+import platform
+from importlib.metadata import version
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from solollm.architecture import ModelConfig
+from solollm.backend import (
+    Backend,
+    Capabilities,
+    ComputeDType,
+    Engine,
+    EngineOptions,
+    MemoryCosts,
+    Plan,
+    Probe,
+    SessionOptions,
+)
+from solollm.errors import BackendError
+
+if TYPE_CHECKING:
+    import torch
+
+    from solollm_torch.session import TorchSession
+
+CUDA_PRIORITY, CPU_PRIORITY = 90, 10
+TESTED = ((2, 11), (2, 14))  # from here, to below here
+# Linux's driver says so in /proc; WSL2 has no such entry but a device of its own.
+NVIDIA_DRIVER_SIGNS = (Path("/proc/driver/nvidia/version"), Path("/dev/dxg"))
+
+
+class TorchBackend(Backend):
+    """PyTorch on an NVIDIA card, or on the CPU of any machine."""
+
+    name = "torch"
+
+    @classmethod
+    def probe(cls) -> Probe:
+        if find_spec("torch") is None:
+            fix = "pip install 'solollm[torch]'"
+            return Probe(False, f"torch is not installed ({fix})", "", 0)
+        # A build for CUDA carries its tag or its runtime; asking torch itself would import it.
+        cuda_build = not version("torch").endswith("+cpu")
+        if cuda_build and any(sign.exists() for sign in NVIDIA_DRIVER_SIGNS):
+            return Probe(True, "PyTorch on an NVIDIA card", "cuda", CUDA_PRIORITY)
+        return Probe(True, "PyTorch on the CPU", "cpu", CPU_PRIORITY)
+
+    def capabilities(self) -> Capabilities:
+        import torch
+
+        device = _device()
+        bf16 = _computes_bf16(device)
+        return Capabilities(
+            device="cpu" if device.type == "cpu" else torch.cuda.get_device_name(device),
+            train_dtypes=("float32", "bfloat16") if bf16 else ("float32",),
+            preferred_dtype="bfloat16" if bf16 and device.type == "cuda" else "float32",
+            objectives=("lm",),
+            optimizers=("adamw", "muon"),
+            state_bits=(32, 8),
+            versions={"torch": torch.__version__, "python": platform.python_version()},
+        )
+
+    def memory_costs(
+        self, model: ModelConfig, options: SessionOptions, compute_dtype: ComputeDType
+    ) -> MemoryCosts:
+        from solollm_torch.memory import memory_costs
+
+        return memory_costs(model, options, compute_dtype, _device())
+
+    def train_session(
+        self, model: ModelConfig, options: SessionOptions, plan: Plan
+    ) -> TorchSession:
+        from solollm_torch.session import TorchSession
+
+        _check_version()
+        return TorchSession(model, options, plan, _device())
+
+    def engine(self, checkpoint: Path, options: EngineOptions) -> Engine:
+        from solollm_torch.engine import TorchEngine
+
+        _check_version()
+        return TorchEngine.load(checkpoint, options, _device())
+
+
+def _device() -> torch.device:
+    import torch
+
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def _computes_bf16(device: torch.device) -> bool:
+    """Whether the hardware multiplies bf16 natively, not by widening it."""
+    import torch
+
+    if device.type == "cuda":
+        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
+    return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported()) and _cpu_has_bf16_products()
+
+
+def _cpu_has_bf16_products() -> bool:
+    cpuinfo = Path("/proc/cpuinfo")
+    if not cpuinfo.exists():
+        return False
+    flags = cpuinfo.read_text(encoding="utf-8", errors="replace").split()
+    return "avx512_bf16" in flags or "amx_bf16" in flags
+
+
+def _check_version() -> None:
+    found = version("torch")
+    release = tuple(int(part) for part in found.split("+")[0].split(".")[:2])
+    if not TESTED[0] <= release < TESTED[1]:
+        raise BackendError(
+            f"torch {found} is not supported",
+            why="tested with 2.11 to 2.13",
+            fix="pip install 'torch>=2.11,<2.14'",
+        )

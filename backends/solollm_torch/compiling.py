@@ -1,0 +1,69 @@
+"""What of the process and the compiler makes training faster, and whether this machine has it."""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import os
+import shutil
+import sys
+import warnings
+
+import torch
+
+from solollm.errors import ConfigError
+from solollm_torch.model import Decoder
+
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # of glibc's mallopt(3)
+
+
+def should_compile(setting: bool | int | float | str, device: torch.device) -> bool:
+    """Whether to compile the blocks: `setting` is true, false or auto.
+
+    auto compiles on CUDA, where training is long and the gain large. On the CPU the hand-written
+    gradients reach the compiled speed (`docs/results/torch_step_profile.md`) and cost no warm-up.
+
+    Raises:
+        ConfigError: the setting is none of the three.
+    """
+    text = str(setting).lower()
+    if text not in ("auto", "true", "false"):
+        raise ConfigError(f"compile = {setting!r} is not a choice", fix="use auto, true or false")
+    if text == "false" or (text == "auto" and device.type != "cuda"):
+        return False
+    missing = _missing_compiler(device)
+    if missing and text == "true":
+        warnings.warn(f"training runs without torch.compile: {missing}", stacklevel=3)
+    return not missing
+
+
+def compile_blocks(decoder: Decoder) -> None:
+    """Compile every block in place, as one shared kernel set. The first step pays for it."""
+    for block in decoder.layers:
+        block.compile()
+
+
+def _missing_compiler(device: torch.device) -> str:
+    """Why kernels cannot be compiled here, or the empty string."""
+    compiler = os.environ.get("CXX", "g++" if sys.platform != "darwin" else "clang++")
+    if shutil.which(compiler) is None:
+        return f"there is no C++ compiler `{compiler}`"
+    if device.type == "cuda" and not torch.utils._triton.has_triton():
+        return "triton is not installed"
+    return ""
+
+
+@functools.cache
+def keep_freed_memory() -> None:
+    """Let the C library keep what PyTorch frees instead of giving it back to the system.
+
+    glibc maps every large tensor afresh, and the kernel then zeroes each page at its first touch;
+    in a training step that costs more than the arithmetic of the element-wise operations. Does
+    nothing where the C library is not glibc.
+    """
+    if not sys.platform.startswith("linux"):
+        return
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is not None:
+        mallopt(_M_MMAP_THRESHOLD, 2**30)
+        mallopt(_M_TRIM_THRESHOLD, 2**31 - 1)

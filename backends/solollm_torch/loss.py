@@ -1,0 +1,123 @@
+"""Cross-entropy over a large vocabulary, in chunks: the [B, T, V] logits never exist.
+
+One chunk of positions at a time is multiplied with the head, turned into losses and, in training,
+into its gradients at once. That makes the loss the end of the graph: the caller continues with
+`hidden.backward(gradient)`. Everything about a chunk's logits is fp32.
+
+Shapes: N positions with a target, C hidden size, V vocabulary, n positions of one chunk.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from solollm.backend import IGNORED
+from solollm_torch.ops import add_outer, product
+
+
+class Targets(NamedTuple):
+    """Which positions of a flattened [B, T] have a target, and what it is.
+
+    `rows` int64 [N], None when all have one; `labels` int64 [N]; `weights` float32 [N], the factor
+    of each target's loss, None for ones.
+    """
+
+    rows: Tensor | None
+    labels: Tensor
+    weights: Tensor | None
+
+    @classmethod
+    def of(cls, labels: np.ndarray, weights: np.ndarray | None, device: torch.device) -> Targets:
+        """From int [B, T] (-100: no target) and float [B, T] or None, on the host."""
+        flat = labels.reshape(-1)
+        keep = np.flatnonzero(flat != IGNORED)
+        factors = None
+        if weights is not None:
+            factors = torch.from_numpy(weights.reshape(-1)[keep].astype(np.float32)).to(device)
+        chosen = torch.from_numpy(flat[keep].astype(np.int64)).to(device)
+        rows = None if len(keep) == len(flat) else torch.from_numpy(keep).to(device)
+        return cls(rows, chosen, factors)
+
+
+def chunk_rows(vocab_size: int, device: torch.device) -> int:
+    """Positions per chunk: fp32 logits of 16 MiB on the CPU (its cache), of 256 MiB elsewhere."""
+    budget = 2**24 if device.type == "cpu" else 2**28
+    return max(64, budget // (4 * vocab_size) // 64 * 64)
+
+
+@torch.no_grad()
+def loss_and_gradient(
+    hidden: Tensor, head: Tensor, targets: Targets, denominator: float
+) -> tuple[Tensor, Tensor]:
+    """Weighted sum of -log p(label) / denominator, and its gradient.
+
+    Args:
+        hidden: [..., C], the decoder's output.
+        head: [V, C]; its gradient is added to `head.grad` (allocated, fp32) at once.
+
+    Returns:
+        The loss, fp32 0-dim, and its gradient with respect to `hidden`, of the same shape.
+    """
+    rows = hidden.detach().flatten(0, -2)  # [all, C]
+    if targets.rows is not None:
+        rows = rows[targets.rows]  # [N, C]
+    weight = head.to(hidden.dtype)
+    grad_rows = torch.empty_like(rows)
+    total = torch.zeros((), device=hidden.device)
+    for part in _chunks(len(targets.labels), chunk_rows(len(head), hidden.device)):
+        chunk, labels = rows[part], targets.labels[part].unsqueeze(1)  # [n, C], [n, 1]
+        probabilities, nll = _softmax_and_nll(product(chunk, weight), labels)  # [n, V], [n]
+        if targets.weights is not None:
+            nll = nll * targets.weights[part]
+        total += nll.sum()
+        scale = torch.full_like(nll, 1 / denominator).unsqueeze(1)  # [n, 1]
+        if targets.weights is not None:
+            scale *= targets.weights[part].unsqueeze(1)
+        # d nll / d logits = probabilities - onehot(label); the scale goes onto the smaller matrix.
+        probabilities.scatter_add_(1, labels, probabilities.new_full(labels.shape, -1.0))
+        grad_logits = probabilities.to(hidden.dtype)  # [n, V]
+        torch.mm(grad_logits, weight, out=grad_rows[part])
+        grad_rows[part].mul_(scale)
+        if head.requires_grad:
+            add_outer(head, grad_logits, (chunk * scale).to(hidden.dtype))
+    grad = grad_rows
+    if targets.rows is not None:
+        grad = hidden.new_zeros(hidden.shape[:-1].numel(), hidden.shape[-1])
+        grad[targets.rows] = grad_rows
+    return total / denominator, grad.view(hidden.shape)
+
+
+@torch.no_grad()
+def token_nll(hidden: Tensor, head: Tensor, targets: Targets) -> Tensor:
+    """-log p(label) of every target in nats, float32 [N]; weights play no part."""
+    rows = hidden.flatten(0, -2)
+    if targets.rows is not None:
+        rows = rows[targets.rows]
+    weight = head.to(hidden.dtype)
+    nll = torch.empty(len(targets.labels), device=hidden.device)
+    for part in _chunks(len(nll), chunk_rows(len(head), hidden.device)):
+        labels = targets.labels[part].unsqueeze(1)
+        nll[part] = _softmax_and_nll(product(rows[part], weight), labels)[1]
+    return nll
+
+
+def _chunks(count: int, size: int) -> Iterator[slice]:
+    return (slice(start, min(start + size, count)) for start in range(0, count, size))
+
+
+def _softmax_and_nll(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """softmax fp32 [n, V], in the memory of fp32 logits, and -log p(label) [n].
+
+    The largest probability is 1 / sum(exp(logit - max)), so the log of the sum costs one more
+    reading pass instead of a second exponential of every logit.
+    """
+    logits = logits.float()
+    top = logits.amax(dim=1)  # [n]
+    chosen = logits.gather(1, labels).squeeze(1)  # [n]
+    torch.softmax(logits, dim=1, out=logits)
+    return logits, top - chosen - logits.amax(dim=1).log()

@@ -1,0 +1,291 @@
+"""Training on PyTorch: fp32 masters, gradients accumulated in place, one update per global batch.
+
+A step has two halves. `train_step` queues forward and backward; the update is settled when its
+metrics are asked for, or before anything else is done with the session. Only settling waits for the
+device (it must know whether the step was finite), so the host prepares the next batch meanwhile.
+
+The optimizer is `optim`, the decoder `model`, the loss `loss`, the bits on the host `state`.
+
+Shapes: B rows of the global batch, M of a micro-batch, T positions, C hidden size.
+"""
+
+from __future__ import annotations
+
+import math
+import resource
+import sys
+import warnings
+from collections.abc import Iterator, Mapping
+
+import numpy as np
+import psutil
+import torch
+from torch import Tensor
+
+from solollm.architecture import ModelConfig, initial_parameters
+from solollm.backend import (
+    Batch,
+    Engine,
+    EngineOptions,
+    MemoryStats,
+    PendingMetrics,
+    Plan,
+    SessionOptions,
+    Snapshot,
+    StepMetrics,
+    TensorSource,
+    TrainSession,
+)
+from solollm.errors import BackendError, ConfigError, nearest
+from solollm_torch.attention import Segments
+from solollm_torch.compiling import compile_blocks, keep_freed_memory, should_compile
+from solollm_torch.loss import Targets, loss_and_gradient, token_nll
+from solollm_torch.model import Decoder
+from solollm_torch.optim import Optimizer
+from solollm_torch.state import TorchSnapshot, load_parameters
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+ALIGNMENT = 16  # elements: gradients start on cache lines, as allocations of their own would
+OPTIONS = ("compile", "deterministic", "threads")
+
+
+class _Step(PendingMetrics):
+    """A step whose update is not applied yet."""
+
+    def __init__(self, session: TorchSession, numbers: Tensor, tokens: int, lr: float) -> None:
+        self.session, self.numbers, self.tokens, self.lr = session, numbers, tokens, lr
+        self.metrics: StepMetrics | None = None
+
+    def result(self) -> StepMetrics:
+        self.session.settle()
+        assert self.metrics is not None, "a step is settled before the next one starts"
+        return self.metrics
+
+
+class TorchSession(TrainSession):
+    """See `solollm.backend.TrainSession`.
+
+    `options.backend_options`: `compile` (auto, true, false; see `compiling`), `deterministic`
+    (CUDA: bitwise repeatable kernels) and `threads` (CPU threads; default: PyTorch's own number).
+    """
+
+    def __init__(
+        self, model: ModelConfig, options: SessionOptions, plan: Plan, device: torch.device
+    ) -> None:
+        """A session with the core's initial weights of `options.seed`.
+
+        Raises:
+            BackendError: an objective, adapter or compute dtype that is not implemented.
+            ConfigError: an unknown or unusable entry of `backend_options`.
+        """
+        _refuse_unsupported(options, plan)
+        given = options.backend_options
+        _set_up_process(given, device)
+        self._model, self._plan, self._table = model, plan, options.optimizer
+        self._device = device
+        self._decoder = Decoder(model, device=device, compute_dtype=DTYPES[plan.compute_dtype])
+        self._decoder.checkpointing = plan.activation_checkpointing
+        self._decoder.load(
+            (name, torch.from_numpy(array))
+            for name, array in initial_parameters(model, options.seed)
+        )
+        compiled = should_compile(given.get("compile", "auto"), device)
+        if compiled:
+            compile_blocks(self._decoder)
+        self._settings = {"compile": compiled, "threads": torch.get_num_threads()}
+        if device.type == "cuda":
+            self._settings["deterministic"] = bool(given.get("deterministic", False))
+        self._flat_gradient = _allocate_gradients(self._decoder)
+        self._gradients = self._decoder.canonical_views(_gradient_of)
+        self._optimizer = Optimizer(self._decoder.masters(), model=model, table=options.optimizer)
+        self._updates, self._lagged_norm = 0, 0.0
+        self._under_way: _Step | None = None
+
+    @property
+    def settings(self) -> Mapping[str, bool | int | float | str]:
+        return dict(self._settings)
+
+    def train_step(self, batch: Batch, *, lr: float) -> PendingMetrics:
+        self.settle()
+        numbers = self._loss_and_norm(batch)
+        self._under_way = _Step(self, numbers, batch.num_targets, lr)
+        return self._under_way
+
+    def settle(self) -> None:
+        """Finish the step under way: wait for it, then apply its update or skip it whole."""
+        step, self._under_way = self._under_way, None
+        if step is None:
+            return
+        loss, norm = step.numbers.tolist()
+        skipped = not (math.isfinite(loss) and math.isfinite(norm))
+        step.metrics = StepMetrics(loss, norm, step.tokens, skipped)
+        if skipped:
+            return
+        self._optimizer.step(
+            self._gradients,
+            lr=step.lr,
+            updates=self._updates,
+            grad_scale=self._clip_factor(step.numbers[1], norm),
+        )
+        self._updates += 1
+        self._lagged_norm = norm
+
+    def _clip_factor(self, norm: Tensor, norm_on_host: float) -> Tensor | None:
+        """min(1, clip_norm / (norm + 1e-6)), fp32 0-dim, or None where that is exactly 1."""
+        limit = self._table.clip_norm
+        lagged = self._table.clip == "lagged"
+        if limit == 0 or (self._lagged_norm if lagged else norm_on_host) + 1e-6 <= limit:
+            return None
+        reference = norm.new_tensor(self._lagged_norm) if lagged else norm
+        return limit / (reference + 1e-6)
+
+    def probe_step(self, batch: Batch) -> StepMetrics:
+        self.settle()
+        loss, norm = self._loss_and_norm(batch).tolist()
+        skipped = not (math.isfinite(loss) and math.isfinite(norm))
+        return StepMetrics(loss, norm, batch.num_targets, skipped)
+
+    def gradients(self, batch: Batch) -> dict[str, Tensor]:
+        """The batch's gradients by canonical name, unclipped, copied: for parity tests."""
+        self.settle()
+        self._loss_and_norm(batch)
+        return {name: gradient.clone() for name, gradient in self._gradients.items()}
+
+    def _loss_and_norm(self, batch: Batch) -> Tensor:
+        """Fill the gradients; gives [loss, gradient norm], fp32 on the device, without waiting."""
+        self._flat_gradient.zero_()
+        loss = torch.zeros((), device=self._device)
+        for rows in self._micro_batches(batch):
+            input_ids, segments, targets = self._upload(batch, rows)
+            hidden = self._decoder(input_ids, segments)  # [M, T, C]
+            part, gradient = loss_and_gradient(
+                hidden, self._decoder.head_weight, targets, batch.denominator
+            )
+            torch.autograd.backward(hidden, gradient)
+            loss += part
+        norms = torch._foreach_norm([_gradient_of(p) for p in self._decoder.parameters()])
+        return torch.stack((loss, torch.linalg.vector_norm(torch.stack(norms))))
+
+    def eval_step(self, batch: Batch) -> tuple[float, int]:
+        logprobs = self.token_logprobs(batch)
+        return float(-logprobs.sum(dtype=np.float64)), batch.num_targets
+
+    def token_logprobs(self, batch: Batch, *, adapter: bool = True) -> np.ndarray:
+        self.settle()
+        logprobs = np.zeros(batch.labels.shape, np.float32)
+        for rows in self._micro_batches(batch):
+            input_ids, segments, targets = self._upload(batch, rows)
+            with torch.no_grad():
+                hidden = self._decoder(input_ids, segments)
+            nll = token_nll(hidden, self._decoder.head_weight, targets).cpu().numpy()
+            flat = logprobs[rows].reshape(-1)  # a view: rows are contiguous
+            flat[slice(None) if targets.rows is None else targets.rows.cpu().numpy()] = -nll
+        return logprobs
+
+    def _micro_batches(self, batch: Batch) -> Iterator[slice]:
+        size, count = self._plan.micro_batch_size, len(batch.input_ids)
+        return (slice(start, min(start + size, count)) for start in range(0, count, size))
+
+    def _upload(self, batch: Batch, rows: slice) -> tuple[Tensor, Segments | None, Targets]:
+        """Input ids int64 [M, T], segments and targets of some rows, on the device."""
+        input_ids = torch.from_numpy(batch.input_ids[rows].astype(np.int64)).to(self._device)
+        segments = None
+        if batch.segment_ids is not None:
+            segments = Segments.of(batch.segment_ids[rows], self._device)
+        weights = None if batch.token_weights is None else batch.token_weights[rows]
+        return input_ids, segments, Targets.of(batch.labels[rows], weights, self._device)
+
+    def engine(self, options: EngineOptions) -> Engine:
+        from solollm_torch.engine import TorchEngine
+
+        self.settle()
+        return TorchEngine(self._decoder, options)
+
+    def snapshot(self) -> Snapshot:
+        """Copies to the host, one tensor after the other: one pass over the state's memory."""
+        self.settle()
+        optimizer = self._optimizer
+        return TorchSnapshot(
+            {name: _copy_to_host(master) for name, master in self._decoder.masters().items()},
+            {name: _copy_to_host(optimizer.export(name)) for name, _, _ in optimizer.specs()},
+            self.session_state,
+        )
+
+    def import_parameters(self, source: TensorSource) -> None:
+        self.settle()
+        load_parameters(self._decoder.masters(), source)
+
+    def import_optimizer(self, source: TensorSource, state: Mapping[str, int | float]) -> None:
+        self.settle()
+        self._optimizer.load(source)
+        self._updates = int(state.get("updates", 0))
+        self._lagged_norm = float(state.get("lagged_norm", 0.0))
+
+    @property
+    def session_state(self) -> Mapping[str, int | float]:
+        self.settle()
+        return {"updates": self._updates, "lagged_norm": self._lagged_norm}
+
+    def memory(self) -> MemoryStats:
+        if self._device.type == "cuda":
+            allocated, peak = torch.cuda.memory_allocated, torch.cuda.max_memory_allocated
+            return MemoryStats(allocated(self._device), peak(self._device))
+        unit = 1 if sys.platform == "darwin" else 1024  # of ru_maxrss
+        peak_bytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+        return MemoryStats(psutil.Process().memory_info().rss, peak_bytes)
+
+    def close(self) -> None:
+        self.settle()
+        del self._decoder, self._optimizer, self._gradients, self._flat_gradient
+        if self._device.type == "cuda":
+            torch.cuda.empty_cache()
+
+
+def _refuse_unsupported(options: SessionOptions, plan: Plan) -> None:
+    if options.objective != "lm" or options.adapter is not None:
+        raise BackendError(
+            f"the torch backend has no objective {options.objective!r} with adapter"
+            f" {options.adapter!r}",
+            why="it trains all parameters on the language-model loss",
+            fix="use objective `lm` without an adapter",
+        )
+    if plan.compute_dtype not in DTYPES:
+        raise BackendError(
+            f"the torch backend does not train in {plan.compute_dtype}",
+            why="float16 needs a loss scaler, and every supported card computes in bfloat16",
+            fix="set train.compute_dtype to bfloat16 or float32",
+        )
+
+
+def _set_up_process(given: Mapping[str, bool | int | float | str], device: torch.device) -> None:
+    """Threads and determinism belong to the process, not to a session: the last one set wins."""
+    for key in given:
+        if key not in OPTIONS:
+            raise ConfigError(f"unknown torch backend option `{key}`", fix=nearest(key, OPTIONS))
+    if "threads" in given:
+        torch.set_num_threads(int(given["threads"]))
+    if device.type == "cpu" and "deterministic" in given:
+        warnings.warn("`deterministic` has no effect on the CPU: it always is", stacklevel=4)
+    elif given.get("deterministic", False):
+        torch.use_deterministic_algorithms(True)
+    if device.type == "cpu":
+        keep_freed_memory()
+
+
+def _allocate_gradients(decoder: Decoder) -> Tensor:
+    """Give every parameter its gradient: slices of one vector, zeroed in one call."""
+    parameters = list(decoder.parameters())
+    sizes = [-(-p.numel() // ALIGNMENT) * ALIGNMENT for p in parameters]
+    flat = torch.zeros(sum(sizes), device=parameters[0].device)
+    for parameter, part in zip(parameters, torch.split(flat, sizes), strict=True):
+        parameter.grad = part[: parameter.numel()].view_as(parameter)
+    return flat
+
+
+def _gradient_of(parameter: torch.nn.Parameter) -> Tensor:
+    assert parameter.grad is not None, "gradients are allocated with the session"
+    return parameter.grad
+
+
+def _copy_to_host(tensor: Tensor) -> Tensor:
+    return tensor.detach().to("cpu", copy=True)
