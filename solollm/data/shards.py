@@ -18,14 +18,16 @@ import os
 import weakref
 from bisect import bisect_right
 from collections.abc import Mapping
+from contextlib import ExitStack
 from functools import lru_cache
 from itertools import accumulate
 from pathlib import Path
-from typing import BinaryIO, Literal, get_args
+from typing import Literal, get_args
 
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from solollm.durable import DurableFile, create_file
 from solollm.errors import ConfigError, IntegrityError
 
 Split = Literal["train", "validation"]
@@ -35,6 +37,7 @@ DOCUMENTS_NAME = "documents.bin"
 SHARD_TOKENS = 2**29  # 1 GB: a reader keeps every shard open, and macOS allows 256 files
 _OFFSET_DTYPE = np.dtype("<u8")
 _OFFSETS_PER_WRITE = 8192
+_WRITE_BYTES = 2**20
 _OFFSETS_PER_BLOCK = 512  # one page
 
 
@@ -136,8 +139,12 @@ def _damaged(path: Path, why: str) -> IntegrityError:
 
 
 class SplitWriter:
-    """Writes one split, document by document; a context manager. Runs inside a staged directory:
-    it neither syncs nor renames."""
+    """Writes one split, document by document; a context manager. Runs inside a staged directory,
+    which flushes the files and gives them their final name.
+
+    Raises:
+        StorageError: the disk is full or failing.
+    """
 
     def __init__(
         self, corpus: Path, split: Split, *, vocab_size: int, bos_id: int, eos_id: int,
@@ -146,23 +153,20 @@ class SplitWriter:
         self._corpus, self._split, self._shard_tokens = corpus, split, shard_tokens
         self._vocab_size, self._bos_id, self._eos_id = vocab_size, bos_id, eos_id
         self._dtype = np.dtype(token_dtype(vocab_size)).newbyteorder("<")
-        (corpus / split).mkdir()
-        self._documents: BinaryIO = (corpus / split / DOCUMENTS_NAME).open("xb")
-        self._documents_hash = hashlib.sha256()
         self._starts: list[int] = []
-        self._shard: BinaryIO | None = None
-        self._shard_hash = hashlib.sha256()
-        self._shard_length = 0
         self._shards: list[ShardRecord] = []
+        self._shard_length = 0
+        self._stack = ExitStack()
         self.num_documents = self.num_tokens = self.text_bytes = 0
 
     def __enter__(self) -> SplitWriter:
+        (self._corpus / self._split).mkdir()
+        self._documents = _HashedFile(self._corpus / self._split / DOCUMENTS_NAME, self._stack)
+        self._shard: _HashedFile | None = None
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._documents.close()
-        if self._shard is not None:
-            self._shard.close()
+        self._stack.close()
 
     def add(self, token_ids: np.ndarray, text_bytes: int) -> None:
         """Append one document of `text_bytes` bytes of text; `token_ids` [n] without specials."""
@@ -182,43 +186,62 @@ class SplitWriter:
             stored = self._fill_shard(stored)
 
     def finish(self) -> SplitRecord:
-        """Close the files; what the index says of them."""
+        """Write what is pending; what the index says of the split."""
         self._starts.append(self.num_tokens)
         self._flush_starts()
-        self._documents.close()
         self._close_shard()
         return SplitRecord(
             documents=self.num_documents, tokens=self.num_tokens, text_bytes=self.text_bytes,
-            documents_sha256=self._documents_hash.hexdigest(), shards=tuple(self._shards),
+            documents_sha256=self._documents.close(), shards=tuple(self._shards),
         )  # fmt: skip
 
     def _flush_starts(self) -> None:
-        encoded = np.array(self._starts, _OFFSET_DTYPE).tobytes()
-        self._documents.write(encoded)
-        self._documents_hash.update(encoded)
+        self._documents.write(np.array(self._starts, _OFFSET_DTYPE).tobytes())
         self._starts.clear()
 
     def _fill_shard(self, tokens: np.ndarray) -> np.ndarray:
         """Write what fits into the open shard; the tokens left over."""
         if self._shard is None:
-            self._shard = shard_path(self._corpus, self._split, len(self._shards)).open("xb")
-            self._shard_hash, self._shard_length = hashlib.sha256(), 0
+            path = shard_path(self._corpus, self._split, len(self._shards))
+            self._shard, self._shard_length = _HashedFile(path, self._stack), 0
         room = self._shard_tokens - self._shard_length
-        encoded = tokens[:room].tobytes()
-        self._shard.write(encoded)
-        self._shard_hash.update(encoded)
+        self._shard.write(tokens[:room].tobytes())
         self._shard_length += min(room, tokens.size)
         if self._shard_length == self._shard_tokens:
             self._close_shard()
         return tokens[room:]
 
     def _close_shard(self) -> None:
-        if self._shard is None:
-            return
-        self._shard.close()
-        self._shard = None
-        digest = self._shard_hash.hexdigest()
-        self._shards.append(ShardRecord(tokens=self._shard_length, sha256=digest))
+        if self._shard is not None:
+            digest = self._shard.close()
+            self._shards.append(ShardRecord(tokens=self._shard_length, sha256=digest))
+            self._shard = None
+
+
+class _HashedFile:
+    """A new file written in large blocks; `stack` closes it if `close` is never reached."""
+
+    def __init__(self, path: Path, stack: ExitStack) -> None:
+        self._stack = stack.enter_context(ExitStack())
+        self._file: DurableFile = self._stack.enter_context(create_file(path))
+        self._hash = hashlib.sha256()
+        self._pending = bytearray()
+
+    def write(self, data: bytes) -> None:
+        self._pending += data
+        if len(self._pending) >= _WRITE_BYTES:
+            self._flush()
+
+    def close(self) -> str:
+        """The SHA-256 of all that was written."""
+        self._flush()
+        self._stack.close()
+        return self._hash.hexdigest()
+
+    def _flush(self) -> None:
+        self._file.write(self._pending)
+        self._hash.update(self._pending)
+        self._pending.clear()
 
 
 class SplitReader:
