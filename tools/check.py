@@ -20,7 +20,7 @@ from pathlib import Path
 from environment import ROOT, SetupError, ensure_environment, say
 
 FOLDER = ROOT / ".venv-check"
-DEV_DISK = 1.5e9  # bytes of the test dependencies, measured
+DEV_DISK = 1.0e9  # bytes of the test dependencies, measured
 NO_TESTS = 5  # pytest's exit code when nothing carries the mark
 
 

@@ -22,13 +22,14 @@ ROOT = Path(__file__).resolve().parent.parent
 LAYERS = (
     "errors",
     "architecture config dial durable strictfile hardware optim_codec signals",
-    "tensorheader tensorfile backend tokenizer tokenizer_training chat_template",
+    "tensorheader tensorfile backend sampling tokenizer_format tokenizer fast_encoding"
+    " tokenizer_training chat_template",
     "data schedule manifest certificate checkpoint checkpoint_writer runlock runs run_log"
-    " planner registry sampling generation",
+    " planner registry generation",
     "evaluation report held_out",
     "trainer",
-    "pretraining",
-    "testing quickstart",
+    "pretraining horizon starting_weights",
+    "testing quickstart doctor",
     "commands",
     "cli",
     "__main__",

@@ -27,6 +27,7 @@ Row = Mapping[str, Any]
 MAX_SAMPLES = 24
 MAX_EVENTS = 100
 MAX_EVALUATIONS = 40
+_YEAR = 365.25 * 86400
 MAX_TEXT = 1200  # characters of one sample
 
 
@@ -243,11 +244,13 @@ def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
 
 
 def duration_text(seconds: float | None) -> str:
-    """`41 s`, `12 min 5 s`, `3 h 20 min`, `5 d 2 h`; empty for None."""
+    """`41 s`, `12 min 5 s`, `3 h 20 min`, `5 d 2 h`, `3 years`; empty for None."""
     if seconds is None:
         return ""
     if seconds < 10:
         return f"{seconds:.1f} s"
+    if seconds >= 2 * _YEAR:
+        return f"{seconds / _YEAR:,.0f} years"
     whole = round(seconds)
     for size, unit, smaller, smaller_unit in (
         (86400, "d", 3600, "h"), (3600, "h", 60, "min"), (60, "min", 1, "s"),

@@ -51,7 +51,7 @@ FIXED = 108 * MIB + 16 * MODEL.num_parameters()  # framework, loss, weights
 
 def _machine(free_bytes: float) -> Machine:
     """A machine on which exactly `free_bytes` may be planned with."""
-    return Machine("Linux 6", "x86_64", "cpu", 2, 2, 1 << 40, int(free_bytes / 0.9) + 1)
+    return Machine("Linux 6", "x86_64", "cpu", 2, 2, 1 << 40, int(free_bytes / 0.8) + 1)
 
 
 def _plan(free_bytes: float, batch_size: int = 8, **train: Any) -> Plan:
@@ -88,6 +88,12 @@ def test_a_batch_that_is_no_power_of_two_is_cut_into_powers() -> None:
     """Micro-batch sizes 12, 8, 4, 2, 1 for a batch of 12."""
     assert _plan(FIXED + 12 * 256 * MIB, batch_size=12).micro_batch_size == 12
     assert _plan(FIXED + 11 * 256 * MIB, batch_size=12).micro_batch_size == 8
+
+
+def test_a_processor_gets_no_larger_micro_batch_than_helps() -> None:
+    """All the memory of a laptop taken for rows that make nothing faster."""
+    assert _plan(1e12, batch_size=64).micro_batch_size == 16
+    assert _plan(1e12, batch_size=64, micro_batch_size=64).micro_batch_size == 64
 
 
 def test_settings_given_are_kept() -> None:
@@ -139,7 +145,7 @@ def test_memory_limit_follows_the_device() -> None:
     machine = Machine("Linux", "x86_64", "cpu", 1, 1, 64 << 30, 50 << 30, gpus)
     assert memory_limit_bytes("cuda:0", machine) == int(0.9 * (20 << 30))
     assert memory_limit_bytes("cuda:1", machine) == int(0.9 * (10 << 30))
-    assert memory_limit_bytes("cpu", machine) == int(0.9 * (50 << 30))
+    assert memory_limit_bytes("cpu", machine) == int(0.8 * (50 << 30))
 
 
 def test_format_bytes() -> None:
