@@ -80,7 +80,9 @@ class TrainResult:
 
 @dataclass
 class _Interval:
-    """What has happened since the last train row."""
+    """What has happened since the last train row. Tokens count when their step is launched: a
+    session that computes inside `train_step` has then done them, any other is one step behind at
+    either end."""
 
     begun: float
     tokens: int = 0
@@ -198,6 +200,7 @@ class Trainer:
             table=self._config.schedule,
         )  # fmt: skip
         pending = self._session.train_step(batch, lr=lr)
+        self._interval.tokens += batch.num_targets
         self._resolve()
         self._progress.step = step + 1
         self._launched = _Launched(step + 1, lr, pending)
@@ -211,7 +214,6 @@ class Trainer:
         launched, self._launched = self._launched, None
         metrics = launched.pending.result()
         self._progress.tokens_seen += metrics.tokens
-        self._interval.tokens += metrics.tokens
         self._watch_for_skips(launched.step, metrics)
         self._loss = metrics.loss
         if launched.step % self._config.log.every_steps == 0 or launched.step == self._total_steps:
@@ -238,6 +240,7 @@ class Trainer:
     def _write_metrics(self, launched: _Launched, metrics: StepMetrics) -> None:
         now = self._clock()
         seconds = now - self._interval.begun - self._interval.aside_seconds
+        tokens = self._interval.tokens
         memory = self._session.memory()
         self._log.metrics(
             {
@@ -246,7 +249,7 @@ class Trainer:
                 "bits_per_byte": self._train_bits_per_byte(metrics.loss),
                 "lr": launched.lr,
                 "grad_norm": finite(metrics.grad_norm),
-                "tokens_per_second": self._interval.tokens / seconds if seconds > 0 else None,
+                "tokens_per_second": tokens / seconds if tokens and seconds > 0 else None,
                 "tokens_seen": self._progress.tokens_seen,
                 "data_wait_seconds": self._interval.data_wait_seconds,
                 "memory_bytes": memory.current_bytes,

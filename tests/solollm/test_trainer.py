@@ -144,7 +144,7 @@ class Recorder:
 def model(small_tokenizer: Tokenizer) -> ModelConfig:
     return ModelConfig(
         vocab_size=small_tokenizer.padded_vocab_size, hidden_size=4, intermediate_size=4,
-        num_hidden_layers=1, num_attention_heads=1, num_key_value_heads=1,
+        num_hidden_layers=1, num_attention_heads=1, num_key_value_heads=1, head_dim=4,
         max_position_embeddings=SEQ_LEN,
     )  # fmt: skip
 

@@ -1,0 +1,195 @@
+"""The dial turned: every setting that a config leaves open gets its value, before a run begins.
+
+A resolved config is what `run.toml` holds, and all that a resume needs: no later step measures or
+guesses again. The formulas of the dial are in `solollm.dial`; what fits in memory is the planner's.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from solollm.architecture import ModelConfig
+from solollm.backend import Backend, Batch, SessionOptions
+from solollm.config import ModelTable, RunConfig
+from solollm.dial import from_depth, horizon, preset
+from solollm.errors import ConfigError, PlanError
+from solollm.planner import plan
+
+DEFAULT_DEPTH = 4
+_LARGEST_DEPTH = 32
+_PROBE_SECONDS = 3.0
+_TRAINING_SHARE = 0.95  # of the hours; the rest is evaluations, samples, saves and start-up
+
+# (batch_size, seq_len) -> a batch of that shape, to measure speed with.
+SampleBatch = Callable[[int, int], Batch]
+
+
+@dataclass(frozen=True)
+class Shape:
+    """What one optimizer step is: the model and the size of its batch."""
+
+    model: ModelConfig
+    seq_len: int
+    batch_size: int
+    lr: float
+
+    @classmethod
+    def of(cls, config: RunConfig) -> Shape:
+        """The shape of a resolved config; `resolve` makes one."""
+        model, seq_len = config.model.config, config.data.seq_len
+        rows, lr = config.train.batch_size, config.optimizer.lr
+        if model is None or seq_len is None or rows is None or lr is None:
+            raise ConfigError(
+                "this config leaves model, seq_len, batch_size or lr open",
+                why="a run's own run.toml holds all of them",
+                fix="start a run with `solollm pretrain`",
+            )
+        return cls(model, seq_len, rows, lr)
+
+    @property
+    def tokens_per_step(self) -> int:
+        return self.batch_size * self.seq_len
+
+    @property
+    def flops_per_step(self) -> float:
+        return self.model.flops_per_token(self.seq_len) * self.tokens_per_step
+
+    @property
+    def dial_steps(self) -> int:
+        """Steps of the dial's own horizon."""
+        return max(1, math.ceil(horizon(self.model).total_tokens / self.tokens_per_step))
+
+
+def resolve_model(table: ModelTable, vocab_size: int) -> ModelConfig:
+    """The model of a table that names one (depth 4 if it does not), with its overrides.
+
+    Raises:
+        ConfigError: an unknown preset, or a vocabulary smaller than the corpus's.
+    """
+    if table.config is not None:
+        model = table.config
+    elif table.preset is not None:
+        model = preset(table.preset, vocab_size)
+    else:
+        model = from_depth(table.depth or DEFAULT_DEPTH, vocab_size)
+    if model.vocab_size < vocab_size:
+        raise ConfigError(
+            f"the model has {model.vocab_size} ids, the corpus's tokenizer needs {vocab_size}",
+            fix=f"set model.config.vocab_size to {vocab_size} or more",
+        )
+    names = ("tie_word_embeddings", "qk_norm", "max_position_embeddings", "rope_theta")
+    changes = {n: getattr(table, n) for n in names if getattr(table, n) is not None}
+    return ModelConfig.model_validate({**model.model_dump(), **changes})
+
+
+def resolve_shape(config: RunConfig, model: ModelConfig) -> Shape:
+    """The config's seq_len, batch_size and lr, or the dial's for this model.
+
+    Raises:
+        ConfigError: seq_len beyond what the model's positions reach.
+    """
+    dial = horizon(model)
+    seq_len = config.data.seq_len or model.max_position_embeddings
+    if seq_len > model.max_position_embeddings:
+        raise ConfigError(
+            f"data.seq_len is {seq_len}, the model's positions end at"
+            f" {model.max_position_embeddings}",
+            fix=f"--set model.max_position_embeddings={seq_len}, or a smaller data.seq_len",
+        )
+    rows = config.train.batch_size or max(1, dial.tokens_per_step // seq_len)
+    return Shape(model, seq_len, rows, config.optimizer.lr or dial.lr)
+
+
+def resolve(
+    config: RunConfig, shape: Shape, backend: Backend, sample_batch: SampleBatch
+) -> RunConfig:
+    """`config` with the shape and the number of steps filled in. Measures this machine for some
+    seconds only where the horizon is given in hours."""
+    table = config.train
+    if table.steps is not None:
+        steps = table.steps
+    elif table.tokens is not None:
+        steps = math.ceil(table.tokens / shape.tokens_per_step)
+    elif table.hours is not None:
+        seconds = seconds_per_step(shape, config, backend, sample_batch)
+        steps = int(table.hours * 3600 * _TRAINING_SHARE / seconds)
+    else:
+        steps = shape.dial_steps
+    filled = config.model_copy(update={"model": ModelTable(config=shape.model)})
+    filled = updated(filled, "data", seq_len=shape.seq_len)
+    filled = updated(filled, "train", batch_size=shape.batch_size, steps=max(1, steps))
+    return updated(filled, "optimizer", lr=shape.lr)
+
+
+def deepest_shape(
+    config: RunConfig, vocab_size: int, backend: Backend, sample_batch: SampleBatch
+) -> Shape:
+    """The shape of `--hours` alone: the deepest model whose own horizon fits into that time here.
+
+    The speed is measured at depth 4, and once more at the depth that this speed promises, since a
+    larger model uses the machine better.
+    """
+    assert config.train.hours is not None
+    budget = config.train.hours * 3600 * _TRAINING_SHARE
+
+    def at(depth: int) -> Shape:
+        table = config.model.model_copy(update={"depth": depth})
+        return resolve_shape(config, resolve_model(table, vocab_size))
+
+    depth, limit = DEFAULT_DEPTH, _LARGEST_DEPTH
+    for _ in range(2):
+        try:
+            seconds = seconds_per_step(at(depth), config, backend, sample_batch)
+        except PlanError:
+            depth = limit = max(1, depth // 2)
+            continue
+        speed = at(depth).flops_per_step / seconds
+        affordable = [
+            d
+            for d in range(1, limit + 1)
+            if at(d).flops_per_step * at(d).dial_steps <= budget * speed
+        ]
+        depth = max(affordable, default=1)
+    return at(depth)
+
+
+def seconds_per_step(
+    shape: Shape, config: RunConfig, backend: Backend, sample_batch: SampleBatch
+) -> float:
+    """Measured wall seconds of one optimizer step, in a session that is thrown away.
+
+    Raises:
+        PlanError: the model does not fit.
+    """
+    options = session_options(config, backend)
+    rows, seq_len = shape.batch_size, shape.seq_len
+    fit = plan(shape.model, options, config, backend, batch_size=rows, seq_len=seq_len)
+    session = backend.train_session(shape.model, options, fit)
+    try:
+        batch = sample_batch(rows, seq_len)
+        session.train_step(batch, lr=shape.lr).result()  # the first one compiles and allocates
+        count, begun = 0, time.monotonic()
+        while count < 3 or time.monotonic() - begun < _PROBE_SECONDS:
+            session.train_step(batch, lr=shape.lr).result()
+            count += 1
+        return (time.monotonic() - begun) / count
+    finally:
+        session.close()
+
+
+def session_options(config: RunConfig, backend: Backend) -> SessionOptions:
+    """How a session of this config trains on this backend."""
+    return SessionOptions(
+        optimizer=config.optimizer,
+        seed=config.train.seed,
+        backend_options=config.backend_options.get(backend.name, {}),
+    )
+
+
+def updated(config: RunConfig, table: str, **values: Any) -> RunConfig:
+    """`config` with some values of one table replaced; they must be valid ones."""
+    return config.model_copy(update={table: getattr(config, table).model_copy(update=values)})
