@@ -21,15 +21,15 @@ ROOT = Path(__file__).resolve().parent.parent
 
 LAYERS = (
     "errors",
-    "architecture config dial durable strictfile hardware optim_codec signals",
+    "architecture config dial durable strictfile confined hardware optim_codec signals",
     "tensorheader tensorfile backend sampling tokenizer_format tokenizer fast_encoding"
     " tokenizer_training chat_template",
     "data schedule manifest certificate checkpoint checkpoint_writer runlock runs run_log"
     " planner registry generation",
-    "evaluation report held_out",
+    "evaluation report held_out completion dialogue",
     "trainer",
     "pretraining horizon starting_weights",
-    "testing quickstart doctor",
+    "testing resume_proof quickstart doctor",
     "commands",
     "cli",
     "__main__",

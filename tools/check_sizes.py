@@ -2,9 +2,9 @@
 
     python3 tools/check_sizes.py
 
-Limits: 400 lines a file, 60 lines a function, 3 levels of nesting, 4 positional parameters (`self`
-apart; not asked of tests, whose parameters are fixtures). A function that is better long says so
-on its `def` line: `# sizes: why`.
+Limits: 400 lines a file (600 a test file), 60 lines a function, 3 levels of nesting (`with` opens
+no level), 4 positional parameters (`self` apart; not asked of tests, whose parameters are fixtures).
+Where a limit and good sense part, the `def` line, or a file's first line, says `# sizes: why`.
 """
 
 from __future__ import annotations
@@ -18,11 +18,12 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 FOLDERS = ("solollm", "backends", "tests", "tools")
 MAX_FILE_LINES = 400
+MAX_TEST_LINES = 600
 MAX_FUNCTION_LINES = 60
 MAX_NESTING = 3
 MAX_POSITIONAL = 4
 
-_BLOCKS = (ast.If, ast.For, ast.While, ast.With, ast.Try, ast.Match, ast.AsyncFor, ast.AsyncWith)
+_BLOCKS = (ast.If, ast.For, ast.While, ast.Try, ast.Match, ast.AsyncFor)
 _FUNCTIONS = (ast.FunctionDef, ast.AsyncFunctionDef)
 Function = ast.FunctionDef | ast.AsyncFunctionDef
 _EXCUSE = re.compile(r"#\s*sizes:\s*\S")
@@ -31,8 +32,9 @@ _EXCUSE = re.compile(r"#\s*sizes:\s*\S")
 def check(path: str, source: str) -> Iterator[str]:
     """Problems of one file, each as `path:line: what`."""
     lines = source.splitlines()
-    if len(lines) > MAX_FILE_LINES:
-        yield f"{path}:1: {len(lines)} lines; a file has at most {MAX_FILE_LINES}"
+    most = MAX_TEST_LINES if path.startswith("tests/") else MAX_FILE_LINES
+    if len(lines) > most and not _EXCUSE.search(lines[0]):
+        yield f"{path}:1: {len(lines)} lines; a file has at most {most}"
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, _FUNCTIONS) and not _is_excused(node, lines):
             for problem in _judge(node, is_test=path.startswith("tests/")):

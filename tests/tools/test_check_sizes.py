@@ -18,7 +18,9 @@ _DEEP = """def f(a):
     for x in a:
         if x:
             while x:
-                with x:
+                try:
+                    pass
+                finally:
                     pass
 """
 _FLAT = """def f(a):
@@ -84,6 +86,13 @@ def test_an_excuse_needs_a_reason() -> None:
     """`# sizes:` as a switch instead of an explanation."""
     assert _found("def f(a, b, c, d, e): pass  # sizes: mirrors the C function") == []
     assert len(_found("def f(a, b, c, d, e): pass  # sizes:")) == 1
+
+
+def test_a_file_may_excuse_itself_and_tests_may_be_longer() -> None:
+    """Two files that only make sense together, torn apart for a number."""
+    assert _found("# sizes: one table\n" + "x = 1\n" * 400) == []
+    assert _found("x = 1\n" * 600, "tests/test_x.py") == []
+    assert len(_found("x = 1\n" * 601, "tests/test_x.py")) == 1
 
 
 def test_fixtures_are_not_counted() -> None:
