@@ -7,7 +7,7 @@ token is picked is in `solollm.sampling`.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Generator, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 from solollm.backend import (
@@ -56,12 +56,12 @@ def generate(engine: Engine, requests: Sequence[Request]) -> list[Completion]:
     return [completion(of_request) for of_request in events]
 
 
-def stream(engine: Engine, request: Request) -> Iterator[TokenEvent]:
+def stream(engine: Engine, request: Request) -> Generator[TokenEvent, None, None]:
     """The tokens of one request as they come."""
     return stream_from(engine.open(), request)
 
 
-def stream_from(decoder: Decoder, request: Request) -> Iterator[TokenEvent]:
+def stream_from(decoder: Decoder, request: Request) -> Generator[TokenEvent, None, None]:
     """`stream` on an open decoder that runs nothing else; closing the iterator cancels the request.
 
     A conversation keeps one decoder, so that the engine can reuse what it computed for the turns

@@ -1,0 +1,164 @@
+"""Text in, text out: a checkpoint with its tokenizer on an engine, and completing prompts with it.
+
+Token ids and batches of requests are `solollm.generation`'s; conversations `solollm.dialogue`'s.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from solollm.backend import Engine, EngineOptions, Request, SamplingParams, TokenEvent
+from solollm.checkpoint import latest_checkpoint
+from solollm.errors import ConfigError
+from solollm.generation import Completion, completion, stream
+from solollm.registry import select_backend
+from solollm.strictfile import parse_json, read_bytes
+from solollm.tokenizer import Tokenizer
+
+DEFAULT_SAMPLING = SamplingParams(temperature=0.8, top_p=0.95)
+DEFAULT_NEW_TOKENS = 256
+
+
+@dataclass(frozen=True)
+class TextModel:
+    """A model that can be asked for text.
+
+    Attributes:
+        checkpoint: the folder it was read from.
+        is_chat: tuned to answer: its `generation_config.json` ends generation at the end of a turn.
+        stop_ids: what ends a generation.
+        notes: what a user should hear: the backend taken, damaged checkpoints that were passed.
+    """
+
+    engine: Engine
+    tokenizer: Tokenizer
+    checkpoint: Path
+    is_chat: bool
+    stop_ids: frozenset[int]
+    notes: tuple[str, ...] = ()
+
+    @property
+    def max_seq_len(self) -> int:
+        return self.engine.options.max_seq_len or self.engine.model.max_position_embeddings
+
+
+@dataclass(frozen=True)
+class TextCompletion:
+    """`text` continues the prompt; `tokens` says with which ids and why it ended."""
+
+    text: str
+    tokens: Completion
+
+
+def open_model(
+    path: Path, *, backend: str = "auto", options: EngineOptions | None = None
+) -> TextModel:
+    """The model of a run folder (its newest intact checkpoint) or of a checkpoint folder.
+
+    Raises:
+        ConfigError: no checkpoint or no tokenizer there, or a model that is not computed here.
+        IntegrityError: damaged files.
+        BackendError: no backend can run here.
+    """
+    checkpoint, notes = find_checkpoint(path)
+    if not (checkpoint / "tokenizer.json").is_file():
+        raise ConfigError(
+            f"{checkpoint} holds no tokenizer",
+            why="without its tokenizer.json a model knows no text",
+            fix="copy the files of the tokenizer it was trained with into that folder",
+        )
+    tokenizer = Tokenizer.load(checkpoint)
+    selected = select_backend(backend)
+    options = options or EngineOptions(max_batch_size=1)
+    engine = selected.backend.engine(checkpoint, replace(options, vocab_size=tokenizer.vocab_size))
+    ends = _generation_ends(checkpoint)
+    return TextModel(
+        engine=engine,
+        tokenizer=tokenizer,
+        checkpoint=checkpoint,
+        is_chat=tokenizer.end_id in ends and _has_chat_template(tokenizer),
+        stop_ids=tokenizer.stop_ids | ends,
+        notes=(*notes, selected.reason),
+    )
+
+
+def find_checkpoint(path: Path) -> tuple[Path, tuple[str, ...]]:
+    """(the checkpoint folder that `path` means, notes on damaged ones that were passed over)."""
+    if (path / "config.json").is_file():
+        return path, ()
+    newest, skipped = latest_checkpoint(path / "checkpoints")
+    if newest is None:
+        raise ConfigError(
+            f"{path} is neither a run with a checkpoint nor a checkpoint",
+            why="; ".join(skipped) or "there is no config.json and no checkpoints/step-* in it",
+            fix="`solollm runs list` shows the runs there are",
+        )
+    return newest.path, tuple(skipped)
+
+
+def stream_text(
+    model: TextModel,
+    prompt: str,
+    *,
+    max_new_tokens: int = DEFAULT_NEW_TOKENS,
+    sampling: SamplingParams = DEFAULT_SAMPLING,
+) -> Iterator[tuple[str, TokenEvent]]:
+    """The continuation of `prompt`, token by token: the characters that each completes (often '')
+    and its event. Closing the iterator stops the generation.
+
+    Raises:
+        ConfigError: an empty prompt, one that does not fit, a sampling value out of range.
+    """
+    ids = prompt_ids(model, prompt)
+    request = Request(ids, max_new_tokens, sampling, model.stop_ids)
+    return decoded(model.tokenizer, stream(model.engine, request))
+
+
+def generate_text(
+    model: TextModel,
+    prompt: str,
+    *,
+    max_new_tokens: int = DEFAULT_NEW_TOKENS,
+    sampling: SamplingParams = DEFAULT_SAMPLING,
+) -> TextCompletion:
+    """The whole continuation of `prompt`; arguments and errors are those of `stream_text`."""
+    pieces = list(stream_text(model, prompt, max_new_tokens=max_new_tokens, sampling=sampling))
+    text = "".join(piece for piece, _ in pieces)
+    return TextCompletion(text, completion(event for _, event in pieces))
+
+
+def prompt_ids(model: TextModel, prompt: str) -> list[int]:
+    """A document's beginning as token ids: bos, then the text."""
+    if not prompt:
+        raise ConfigError("the prompt is empty", fix="give a text to continue, if only one word")
+    return [model.tokenizer.bos_id, *model.tokenizer.encode(prompt)]
+
+
+def decoded(tokenizer: Tokenizer, events: Iterator[TokenEvent]) -> Iterator[tuple[str, TokenEvent]]:
+    """Each event with the characters that it completes; special tokens give none."""
+    decoder = tokenizer.stream()
+    for event in events:
+        text = decoder.push(event.token) if event.token >= 0 else ""
+        if event.finish_reason is not None:
+            text += decoder.finish()
+        yield text, event
+
+
+def _has_chat_template(tokenizer: Tokenizer) -> bool:
+    try:
+        return bool(tokenizer.chat_template)
+    except ConfigError:
+        return False
+
+
+def _generation_ends(checkpoint: Path) -> frozenset[int]:
+    """The eos ids of `generation_config.json`, which may be one, several or none."""
+    path = checkpoint / "generation_config.json"
+    if not path.is_file():
+        return frozenset()
+    config = parse_json(read_bytes(path), path)
+    ends = config.get("eos_token_id") if isinstance(config, dict) else None
+    listed: Sequence[object] = ends if isinstance(ends, list) else [ends]
+    return frozenset(end for end in listed if isinstance(end, int))
