@@ -3,7 +3,7 @@
     python3 tools/check_sizes.py
 
 Limits: 400 lines a file (600 a test file), 60 lines a function, 3 levels of nesting (`with` opens
-no level), 4 positional parameters (`self` apart; not asked of tests, whose parameters are fixtures).
+no level), 4 positional parameters (`self` apart; not of tests, whose parameters are fixtures).
 Where a limit and good sense part, the `def` line, or a file's first line, says `# sizes: why`.
 """
 
