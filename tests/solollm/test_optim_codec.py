@@ -21,6 +21,7 @@ from solollm.optim_codec import (
     is_quantized,
     num_blocks,
     quantize,
+    search_table,
 )
 
 STATES: tuple[State, ...] = ("exp_avg", "exp_avg_sq", "momentum_buffer")
@@ -79,19 +80,27 @@ def test_uniform_is_below_one_and_even() -> None:
     assert gap < 1.95 / np.sqrt(len(values))  # Kolmogorov-Smirnov at p = 0.001
 
 
-@pytest.mark.parametrize("signed", [True, False])
-def test_levels_are_the_dynamic_map(signed: bool) -> None:
-    """The published table (Dettmers et al. 2022), by its own formula: fractions by linspace."""
+def dynamic_map() -> np.ndarray:
+    """The signed table of Dettmers et al. 2022, as in bitsandbytes: the comparison."""
     levels = [0.0, 1.0]
     for exponent in range(7):
-        count = 2**exponent if signed else 2 ** (exponent + 1)
-        edges = np.linspace(0.1, 1, count + 1)
+        edges = np.linspace(0.1, 1, 2**exponent + 1)
         means = (edges[1:] + edges[:-1]) / 2 * 10.0 ** (exponent - 6)
-        levels += [*means, *(-means if signed else [])]
-    table = codebook("exp_avg" if signed else "exp_avg_sq").levels
-    if signed:
-        levels[levels.index(min(levels))] = -1.0  # ours: the extreme is exact on both sides
-    np.testing.assert_allclose(table, np.sort(levels), rtol=1e-7)
+        levels += [*means, *-means]
+    return np.sort(levels)
+
+
+def test_square_law_beats_the_dynamic_map() -> None:
+    """The reason for our own table must stay true: a smaller error on moments, whose elements are
+    sums of many heavy-tailed gradients."""
+    gradients = np.random.default_rng(5).standard_t(4, (30, 256, 256))
+    weights = 0.1 * 0.9 ** np.arange(30)[::-1, None, None]
+    moment = (weights * gradients).sum(0).astype(np.float32)
+    ours = dequantize(quantize(moment, "exp_avg"), "exp_avg")
+    absmax, table = np.abs(moment).max(axis=1, keepdims=True), dynamic_map()
+    codes = np.searchsorted((table[1:] + table[:-1]) / 2, moment / absmax)
+    theirs = table[codes] * absmax
+    assert np.square(ours - moment).sum() < 0.5 * np.square(theirs - moment).sum()
 
 
 def test_codebooks_are_frozen() -> None:
@@ -101,7 +110,7 @@ def test_codebooks_are_frozen() -> None:
         book = codebook(state)
         content = book.levels.tobytes() + book.borders.tobytes()
         digests.append(hashlib.blake2b(content, digest_size=8).hexdigest())
-    assert digests == ["9a56b6cbfd6e9880", "dcef43077d572a72"]
+    assert digests == ["152fb8af95ba068f", "2794b5771b63cc6a"]
 
 
 @pytest.mark.parametrize("state", STATES)
@@ -151,11 +160,26 @@ def test_zeros_stay_zero(state: State) -> None:
     np.testing.assert_array_equal(dequantize(quantized, state), zeros)
 
 
-def test_relative_error_of_a_block_is_bounded() -> None:
-    """The bound that training quality rests on: 4% of a second-moment root in the upper decade."""
-    values = np.linspace(0.1, 1, 256, dtype=np.float32)[None] ** 2
+def test_relative_error_of_a_variance_is_bounded() -> None:
+    """The bound training rests on: roots over two decades of a block are within 4%."""
+    values = np.geomspace(0.01, 1, 256, dtype=np.float32)[None] ** 2
     restored = dequantize(quantize(values, "exp_avg_sq"), "exp_avg_sq")
     assert np.abs(np.sqrt(restored / values) - 1).max() < 0.04
+
+
+@pytest.mark.parametrize("state", STATES)
+def test_search_table_finds_every_code(state: State) -> None:
+    """Backends look codes up; one border too many in a bucket would give other codes than the
+    reference, and states that differ after a move."""
+    borders = codebook(state).borders
+    around = [borders, np.nextafter(borders, np.float32(-2)), np.nextafter(borders, np.float32(2))]
+    random = np.random.default_rng(3).uniform(-1, 1, 200_000).astype(np.float32)
+    x = np.concatenate([*around, random, random**9, np.array([0, -0.0, 1, -1, 1e-45, -1e-45])])
+    x = x.astype(np.float32)
+    x = np.abs(x) if state == "exp_avg_sq" else x
+    low = search_table(state)[x.view(np.uint32) >> np.uint32(16)]
+    codes = low + (x > np.append(borders, np.float32(np.inf))[low])
+    np.testing.assert_array_equal(codes, np.searchsorted(borders, x, side="left"))
 
 
 @settings(max_examples=60, deadline=None)
@@ -172,7 +196,7 @@ def test_any_finite_tensor_survives(values: np.ndarray) -> None:
     restored = dequantize(quantized, "momentum_buffer")
     scale = np.repeat(quantized.absmax, BLOCK_SIZE)[: values.size].reshape(values.shape)
     assert np.isfinite(restored).all()
-    assert (np.abs(restored - values) <= 0.0145 * scale + 1e-44).all()
+    assert (np.abs(restored - values) <= 0.008 * scale + 1e-44).all()
 
 
 def test_which_parameters_are_quantised() -> None:
