@@ -118,7 +118,7 @@ def replace_file(path: Path, chunks: Bytes | Iterable[Bytes]) -> None:
             file.sync()
         with _failures(path):
             DISK.rename(temporary, path)
-            _sync_directory(path.parent)
+            _sync(path.parent)
     except BaseException:
         with contextlib.suppress(OSError):
             DISK.unlink(temporary)
@@ -148,7 +148,7 @@ def make_directory(path: Path) -> None:
         except FileExistsError:
             if not path.is_dir():
                 raise
-        _sync_directory(path.parent)
+        _sync(path.parent)
 
 
 @contextlib.contextmanager
@@ -170,8 +170,8 @@ def staged_directory(final: Path) -> Iterator[Path]:
             _sync_tree(staging)
             _commit(staging, final)
     except BaseException:
-        with contextlib.suppress(OSError, StorageError):
-            remove_tree(staging)
+        with contextlib.suppress(OSError):
+            _remove(staging)
         raise
 
 
@@ -187,7 +187,7 @@ def remove_tree(path: Path, first: Iterable[str] = ("manifest.json",)) -> None:
         for mark in marks:
             DISK.unlink(mark)
         if marks:
-            _sync_directory(path)
+            _sync(path)
         _remove(path)
 
 
@@ -203,7 +203,6 @@ def clean_stale(folder: Path) -> list[str]:
         try:
             if path.name.startswith(_ASIDE) and name and not (folder / name).exists():
                 DISK.rename(path, folder / name)
-                _sync_directory(folder)
                 report.append(f"restored {name}")
             elif path.name.startswith((TEMPORARY, _ASIDE)):
                 _remove(path)
@@ -239,7 +238,8 @@ def _open(path: Path, flags: int) -> Iterator[int]:
         DISK.close(fd)
 
 
-def _sync_directory(path: Path) -> None:
+def _sync(path: Path) -> None:
+    """Flush a file's data or a directory's names."""
     fd = DISK.open(path, os.O_RDONLY)
     try:
         DISK.sync(fd)
@@ -252,8 +252,8 @@ def _sync_tree(folder: Path) -> None:
         if entry.is_dir():
             _sync_tree(entry)
         else:
-            _sync_directory(entry)  # the same three calls flush a file
-    _sync_directory(folder)
+            _sync(entry)
+    _sync(folder)
 
 
 def _commit(staging: Path, final: Path) -> None:
@@ -263,17 +263,15 @@ def _commit(staging: Path, final: Path) -> None:
     if replaces:
         DISK.rename(final, aside)
     try:
-        if replaces:
-            _sync_directory(final.parent)
         DISK.rename(staging, final)
     except BaseException:
         if replaces:
             with contextlib.suppress(OSError):
                 DISK.rename(aside, final)
         raise
-    _sync_directory(final.parent)
+    _sync(final.parent)
     if replaces:
-        remove_tree(aside)
+        _remove(aside)
 
 
 def _remove(path: Path) -> None:

@@ -37,6 +37,7 @@ WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 _FLOATS = ("F32", "F16", "BF16")
 _HASH_BYTES = 1 << 24
+_THREADED_BYTES = 1 << 25
 _MAX_SHARDS = 512
 
 
@@ -108,8 +109,10 @@ class TensorFile:
         return state.hexdigest()
 
     def digests(self) -> dict[str, str]:
-        """`digest` of every tensor, on as many threads as there are processors up to four."""
+        """`digest` of every tensor; a large file on up to four threads."""
         names = self.names()
+        if self.size_bytes < _THREADED_BYTES:
+            return {name: self.digest(name) for name in names}
         with ThreadPoolExecutor(min(4, os.cpu_count() or 1)) as pool:
             return dict(zip(names, pool.map(self.digest, names), strict=True))
 
