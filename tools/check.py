@@ -17,7 +17,7 @@ import sys
 import time
 from pathlib import Path
 
-from environment import ROOT, SetupError, ensure_environment, say
+from environment import ROOT, SetupError, ensure_environment, require_python, say
 
 FOLDER = ROOT / ".venv-check"
 DEV_DISK = 1.0e9  # bytes of the test dependencies, measured
@@ -57,6 +57,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _environment(torch_index: str) -> Path:
+    require_python()
     import tomllib  # not at the top: an older Python must live to hear what is wrong
 
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))

@@ -79,13 +79,18 @@ def ensure_environment(
     return python_of(folder)
 
 
-def _check_machine(folder: Path) -> None:
+def require_python() -> None:
+    """Raise SetupError on a Python too old for what follows."""
     if sys.version_info < MINIMUM_PYTHON:
         raise SetupError(
             f"this is Python {platform.python_version()}; SoloLLM needs 3.11 or newer.\n"
             "Install one (`apt install python3.11`, `brew install python`, python.org) and run"
             " this file with it."
         )
+
+
+def _check_machine(folder: Path) -> None:
+    require_python()
     if sys.platform == "win32":
         raise SetupError(
             "Windows is supported through WSL2: `wsl --install`, then run this inside Ubuntu."
