@@ -3,14 +3,19 @@
 The template is written into every checkpoint as `chat_template.jinja`, so transformers, mlx-lm
 and vLLM lay conversations out as training did. `{% generation %}` marks what the assistant
 produces. Token ids of a conversation: `Tokenizer.encode_chat`.
+
+The sandbox keeps a template from running code, not from looping or growing for ever; so only
+SoloLLM's own template is rendered in this process, and foreign ones in a confined child.
 """
 
 from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from functools import cache
+from typing import Any, NamedTuple, NoReturn
 
+from solollm.confined import Confined, Refusal
 from solollm.errors import ConfigError, nearest
 
 ROLES = ("system", "user", "assistant")
@@ -29,105 +34,175 @@ TEMPLATE = """\
 {%- if add_generation_prompt -%}{{- '<|assistant|>' -}}{%- endif -%}
 """
 
-# A character that no Unicode text may exchange; `_ESCAPE + digit` are this module's marks.
-_ESCAPE = "\ufdd0"
-_ITSELF, _BREAK, _BEGIN, _END = (_ESCAPE + digit for digit in "0123")
+RENDER_SECONDS = 2.0
+MAX_RENDERED_CHARS = 1 << 20
+
+# U+FDD0 is reserved for use inside programs. With a digit behind it, it marks places in rendered
+# text; where a message itself holds one, it is written as `_ITSELF`.
+_MARK = "\ufdd0"
+_ITSELF, _BREAK, _BEGIN, _END = (_MARK + digit for digit in "0123")
+
+
+class Part(NamedTuple):
+    """A piece of a rendered conversation: one special token, or text between them."""
+
+    text: str
+    is_special: bool
+    is_produced: bool  # by the assistant
 
 
 class ChatTemplate:
-    """A chat template and the special tokens it may name (`bos_token` and so on)."""
+    """A chat template and the special tokens that it may name (`bos_token` and so on)."""
 
     def __init__(self, source: str, special_tokens: Mapping[str, str]) -> None:
         self.source = source
+        self.is_own = source == TEMPLATE
         self._names = dict(special_tokens)
+        self._child = None if self.is_own else Confined(
+            "solollm.chat_template:render_request", seconds=RENDER_SECONDS
+        )  # fmt: skip
 
     def render(self, messages: Sequence[Message], add_generation_prompt: bool = False) -> str:
         """The conversation as text.
 
         Raises:
-            ConfigError: a message without role or content, or with an unknown role.
+            ConfigError: a message without role or content, an unknown role, a conversation that
+                a foreign template refuses.
+            IntegrityError: a foreign template that fails, or exceeds its time, memory or output.
         """
-        marked = self._render(_checked(messages), add_generation_prompt)
-        return marked.replace(_BEGIN, "").replace(_END, "")
+        shielded = [_shielded(message, None) for message in self._checked(messages)]
+        return "".join(_mended(part) for part in self._pieces(shielded, add_generation_prompt, ""))
 
-    def segments(
+    def parts(
         self,
         messages: Sequence[Message],
         add_generation_prompt: bool,
-        special: Mapping[str, int],
-    ) -> Iterator[tuple[str, bool, bool]]:
-        """(text, is a special token, is produced by the assistant) pieces of the conversation.
+        special_tokens: Mapping[str, int],
+    ) -> Iterator[Part]:
+        """The conversation in pieces. Special tokens are recognised only where the template
+        wrote them: those inside messages are broken up before rendering and mended after."""
+        by_length = sorted(special_tokens, key=len, reverse=True)
+        tokens = "|".join(re.escape(token) for token in by_length)
+        shielded = [_shielded(message, tokens) for message in self._checked(messages)]
+        is_produced = False
+        for piece in self._pieces(shielded, add_generation_prompt, tokens):
+            if piece in (_BEGIN, _END):
+                is_produced = piece == _BEGIN
+            elif piece in special_tokens:
+                yield Part(piece, True, is_produced)
+            elif piece:
+                yield Part(_mended(piece), False, is_produced)
 
-        Special tokens are recognised only where the template wrote them: those inside messages
-        are broken up before rendering and mended after.
-        """
-        tokens = re.compile("|".join(re.escape(t) for t in sorted(special, key=len, reverse=True)))
+    def _pieces(
+        self, messages: Sequence[Message], add_generation_prompt: bool, tokens: str
+    ) -> list[str]:
+        request = {
+            "source": self.source,
+            "variables": {
+                **self._names,
+                "messages": messages,
+                "add_generation_prompt": add_generation_prompt,
+            },
+        }
+        try:
+            rendered = self._child.ask(request) if self._child else render_request(request)
+        except Refusal as refusal:
+            raise ConfigError(
+                "the chat template refuses this conversation", why=str(refusal)
+            ) from refusal
+        marks = f"{_BEGIN}|{_END}"
+        return re.split(f"({tokens}|{marks})" if tokens else f"({marks})", rendered)
 
-        def shield(text: str) -> str:
-            text = text.replace(_ESCAPE, _ITSELF)
-            return tokens.sub(lambda match: match[0][0] + _BREAK + match[0][1:], text)
+    def _checked(self, messages: Sequence[Message]) -> Sequence[Message]:
+        if isinstance(messages, str | Mapping) or not isinstance(messages, Sequence):
+            raise ConfigError(f"a conversation is a list of messages, not {messages!r:.80}")
+        if not messages:
+            raise ConfigError("the conversation is empty", fix="give at least one message")
+        for place, message in enumerate(messages):
+            _check_message(message, place, ROLES if self.is_own else ())
+        return messages
 
-        shielded = [
-            {key: shield(value) for key, value in message.items()} for message in _checked(messages)
-        ]
-        rendered = self._render(shielded, add_generation_prompt)
-        produced = False
-        for part in re.split(f"({tokens.pattern}|{_BEGIN}|{_END})", rendered):
-            if part in (_BEGIN, _END):
-                produced = part == _BEGIN
-            elif part in special:
-                yield part, True, produced
-            elif part:
-                yield part.replace(_BREAK, "").replace(_ITSELF, _ESCAPE), False, produced
 
-    def _render(self, messages: Sequence[Message], add_generation_prompt: bool) -> str:
-        template = _environment().from_string(self.source)
-        return str(
-            template.render(
-                messages=messages, add_generation_prompt=add_generation_prompt, **self._names
-            )
+def render(messages: Sequence[Message], add_generation_prompt: bool = False) -> str:
+    """The conversation as text, by SoloLLM's own template."""
+    return ChatTemplate(TEMPLATE, {"bos_token": "<|bos|>"}).render(messages, add_generation_prompt)
+
+
+def render_request(request: Mapping[str, Any]) -> str:
+    """The text of `request["source"]` with `request["variables"]`; runs in a confined child for
+    foreign templates. Raises Refusal where the template or Jinja objects to the conversation."""
+    from jinja2 import TemplateError
+
+    chunks: list[str] = []
+    size = 0
+    try:
+        for chunk in _compiled(request["source"]).generate(request["variables"]):
+            chunks.append(chunk)
+            size += len(chunk)
+            if size > MAX_RENDERED_CHARS:
+                raise Refusal(f"it renders to more than {MAX_RENDERED_CHARS:,} characters")
+    except (TemplateError, RecursionError, TypeError) as error:
+        raise Refusal(f"{type(error).__name__}: {error}") from error
+    return "".join(chunks)
+
+
+def _check_message(message: object, place: int, roles: Sequence[str]) -> None:
+    if not isinstance(message, Mapping):
+        raise ConfigError(f"message {place} is a {type(message).__name__}, not a mapping")
+    for key in ("role", "content"):
+        if key not in message:
+            raise ConfigError(f"message {place} has no `{key}`: {message!r:.80}")
+        if not isinstance(message[key], str):
+            kind = type(message[key]).__name__
+            raise ConfigError(f"`{key}` of message {place} is a {kind}, not text")
+    if roles and message["role"] not in roles:
+        raise ConfigError(
+            f"message {place} has the role {message['role']!r}",
+            why=nearest(message["role"], roles),
+            fix=f"the roles are {', '.join(roles)}",
         )
 
 
-def render(
-    messages: Sequence[Message], add_generation_prompt: bool = False, *, bos_token: str = "<|bos|>"
-) -> str:
-    """The conversation as text, by SoloLLM's own template."""
-    return ChatTemplate(TEMPLATE, {"bos_token": bos_token}).render(messages, add_generation_prompt)
+def _shielded(message: Message, tokens: str | None) -> Message:
+    """The message with this module's mark, and special tokens, made harmless."""
+    content = message["content"].replace(_MARK, _ITSELF)
+    if tokens:
+        content = re.sub(tokens, lambda match: match[0][0] + _BREAK + match[0][1:], content)
+    return {**message, "content": content}
 
 
-def _checked(messages: Sequence[Message]) -> Sequence[Message]:
-    if isinstance(messages, str | Mapping) or not isinstance(messages, Sequence) or not messages:
-        raise ConfigError("a conversation is a non-empty list of messages, not " + repr(messages))
-    for place, message in enumerate(messages):
-        if not isinstance(message, Mapping):
-            raise ConfigError(f"message {place} is a {type(message).__name__}, not a mapping")
-        for key in ("role", "content"):
-            if not isinstance(message.get(key), str):
-                raise ConfigError(f"message {place} has no text under `{key}`: {message!r:.200}")
-        if message["role"] not in ROLES:
-            raise ConfigError(
-                f"message {place} has the role {message['role']!r}",
-                why=nearest(message["role"], ROLES),
-                fix=f"the roles are {', '.join(ROLES)}",
-            )
-    return messages
+def _mended(piece: str) -> str:
+    if piece in (_BEGIN, _END):
+        return ""
+    return piece.replace(_BREAK, "").replace(_ITSELF, _MARK)
 
 
-def _environment() -> Any:
-    from jinja2 import nodes
+@cache
+def _compiled(source: str) -> Any:
+    """The Jinja template, compiled in an environment like that of transformers."""
+    from jinja2 import TemplateError, nodes
     from jinja2.ext import Extension
     from jinja2.sandbox import ImmutableSandboxedEnvironment
 
     class Generation(Extension):
+        """`{% generation %}`...`{% endgeneration %}`."""
+
         tags = {"generation"}  # noqa: RUF012
 
         def parse(self, parser: Any) -> list[nodes.Node]:
             line = next(parser.stream).lineno
             body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
-            begin = nodes.Output([nodes.TemplateData(_BEGIN)], lineno=line)
-            return [begin, *body, nodes.Output([nodes.TemplateData(_END)], lineno=line)]
+            begin, end = (
+                nodes.Output([nodes.TemplateData(mark)], lineno=line) for mark in (_BEGIN, _END)
+            )
+            return [begin, *body, end]
 
-    return ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=[Generation]
+    def raise_exception(message: str) -> NoReturn:
+        raise TemplateError(message)
+
+    environment = ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=[Generation, "jinja2.ext.loopcontrols"]
     )
+    environment.globals["raise_exception"] = raise_exception
+    environment.policies["json.dumps_kwargs"] = {"ensure_ascii": False}
+    return environment.from_string(source)

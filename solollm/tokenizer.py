@@ -3,7 +3,9 @@
 Every digit stands alone, then GPT-2's regular expression splits (llama.cpp's `smollm`). The 256
 bytes are always in the vocabulary, so every text has ids and decodes back to itself; special
 tokens have the first ids and are never read out of text, so no user can forge a role.
-Where tokenizers are made: `tokenizer_training`. How conversations are laid out: `chat_template`.
+
+Where tokenizers are made: `tokenizer_training`. Which files are let in: `tokenizer_format`. How a
+corpus is encoded fast: `fast_encoding`. How conversations are laid out: `chat_template`.
 """
 
 from __future__ import annotations
@@ -18,55 +20,57 @@ from typing import Any
 
 import numpy as np
 
-from solollm.chat_template import ChatTemplate, Message
-from solollm.errors import DataError, IntegrityError
+from solollm.chat_template import ROLES, TEMPLATE, ChatTemplate, Message
+from solollm.confined import Confined
+from solollm.errors import ConfigError, DataError, IntegrityError
+from solollm.fast_encoding import FastEncoder, is_faithful
+from solollm.strictfile import parse_json, read_bytes
+from solollm.tokenizer_format import TokenizerFormat, byte_alphabet, read_format
 
-FILE_NAMES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
+TOKENIZER, CONFIG, CHAT_TEMPLATE = (
+    "tokenizer.json", "tokenizer_config.json", "chat_template.jinja",
+)  # fmt: skip
 BOS, EOS, PAD, END = "<|bos|>", "<|eos|>", "<|pad|>", "<|end|>"
-ROLE_TOKENS = ("<|user|>", "<|assistant|>", "<|system|>")
-SPECIAL_TOKENS = (BOS, EOS, PAD, *ROLE_TOKENS, END)
+SPECIAL_TOKENS = (BOS, EOS, PAD, *(f"<|{role}|>" for role in ROLES), END)
 PADDING_MULTIPLE = 64
+_TURN_ENDS = (END, "<|eot_id|>", "<|im_end|>")
+_FAST_AFTER_CHARS = 1 << 18  # learning the character classes costs as much as this much text
 
 
 class Tokenizer:
-    """An immutable tokenizer, made from its files. `load` reads a folder."""
+    """A tokenizer, fixed by its files. `load` reads a folder, `train_tokenizer` makes a new one.
 
-    def __init__(self, files: Mapping[str, bytes]) -> None:
-        from tokenizers import Tokenizer as PlainTokenizer
+    `vocab_size` counts the real tokens; `padded_vocab_size` the rows of an embedding.
 
-        missing = [name for name in FILE_NAMES if name not in files]
-        if missing:
-            raise IntegrityError(f"the tokenizer lacks {', '.join(missing)}")
-        self._files = {name: bytes(files[name]) for name in FILE_NAMES}
-        self._plain = PlainTokenizer.from_str(self._files["tokenizer.json"].decode())
-        self._plain.encode_special_tokens = True
-        content = json.loads(self._files["tokenizer.json"])
-        self._special = {t["content"]: int(t["id"]) for t in content["added_tokens"]}
-        self._token_bytes = _token_bytes(content["model"]["vocab"], self._special)
-        self.vocab_size = len(self._token_bytes)
-        names = json.loads(self._files["tokenizer_config.json"])
-        self.bos_id = self._special[names["bos_token"]]
-        self.eos_id = self._special[names["eos_token"]]
-        self.pad_id = self._special[names["pad_token"]]
-        self.end_id = self._special[END]
+    Raises:
+        IntegrityError: a file that is missing, damaged, hostile or of a layout not known here.
+    """
+
+    def __init__(self, files: Mapping[str, bytes], *, source: Path = Path()) -> None:
+        for name in (TOKENIZER, CONFIG):
+            if name not in files:
+                raise IntegrityError(f"{source / name} is missing", why="a tokenizer needs it")
+        self._files = {name: bytes(content) for name, content in files.items()}
+        layout = read_format(self._files[TOKENIZER], source / TOKENIZER)
+        config = parse_json(self._files[CONFIG], source / CONFIG)
+        if not isinstance(config, dict):
+            raise IntegrityError(f"{source / CONFIG} is not a JSON object")
+        self._special = dict(layout.special)
         self._special_ids = frozenset(self._special.values())
-        self._template = ChatTemplate(
-            self._files["chat_template.jinja"].decode(),
-            {name: names[name] for name in ("bos_token", "eos_token", "pad_token")},
-        )
+        self._token_bytes = _token_bytes(layout)
+        self.vocab_size = len(self._token_bytes)
+        self._name_specials(config, source / CONFIG)
+        self._template = self._chat_template(config, source / CHAT_TEMPLATE)
+        self._plain = _load_plain(layout, source / TOKENIZER)
+        self._fast = FastEncoder(self._plain) if layout.is_own else None
+        self._slow_chars = _FAST_AFTER_CHARS
 
     @classmethod
     def load(cls, folder: str | Path) -> Tokenizer:
-        """Read a tokenizer's three files. Raises IntegrityError where one is missing or bad."""
-        files = {}
-        for name in FILE_NAMES:
-            try:
-                files[name] = (Path(folder) / name).read_bytes()
-            except OSError as error:
-                raise IntegrityError(
-                    f"cannot read {Path(folder) / name}", why=error.strerror or ""
-                ) from error
-        return cls(files)
+        """Read a tokenizer's files, our own or a foreign model's."""
+        folder = Path(folder)
+        names = [n for n in (TOKENIZER, CONFIG, CHAT_TEMPLATE) if (folder / n).exists()]
+        return cls({name: read_bytes(folder / name) for name in names}, source=folder)
 
     def save(self, folder: str | Path) -> None:
         """Write the files into `folder`, made where absent."""
@@ -82,7 +86,8 @@ class Tokenizer:
 
     @property
     def padded_vocab_size(self) -> int:
-        """Rows of the embedding: `vocab_size` rounded up to a multiple of 64."""
+        """Rows of the embedding: `vocab_size` rounded up to a multiple of 64. The rows above
+        `vocab_size` stand for no token: `encode` never gives their ids, `decode` refuses them."""
         return -(-self.vocab_size // PADDING_MULTIPLE) * PADDING_MULTIPLE
 
     @property
@@ -96,7 +101,7 @@ class Tokenizer:
 
     @property
     def stop_ids(self) -> frozenset[int]:
-        """Ids that end a generation: end of document and end of a turn."""
+        """Ids that end a generation: the end of the document and the end of a turn."""
         return frozenset((self.eos_id, self.end_id))
 
     @property
@@ -106,24 +111,28 @@ class Tokenizer:
 
     @cached_property
     def digest(self) -> str:
-        """SHA-256 of tokenizer.json: equal digests give equal ids for every text."""
-        return hashlib.sha256(self._files["tokenizer.json"]).hexdigest()
+        """SHA-256 of tokenizer.json, in hex: equal digests give equal ids for every text."""
+        return hashlib.sha256(self._files[TOKENIZER]).hexdigest()
 
     def encode(self, text: str) -> list[int]:
-        """Token ids of `text`. Nothing is added; the text of a special token stays text."""
+        """Token ids of `text`. Nothing is added; the text of a special token stays text.
+
+        Raises:
+            DataError: the text holds a lone surrogate, which no UTF-8 file can.
+        """
         ids: list[int] = self.encode_batch([text])[0].tolist()
         return ids
 
     def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
-        """`encode` for many texts, one uint32 array [tokens] each.
-
-        Raises:
-            DataError: a text holds lone surrogates, which no UTF-8 file can.
-        """
+        """`encode` for many texts: one uint32 array [tokens] each."""
         try:
+            if self._fast is not None and self._pays(texts):
+                return [self._fast.encode(text) for text in texts]
             encodings = self._plain.encode_batch_fast(list(texts), add_special_tokens=False)
         except (TypeError, UnicodeEncodeError) as error:
-            raise DataError("a text is not valid Unicode", why=str(error)) from error
+            raise DataError(
+                "a text cannot be encoded", why=str(error), fix="read it with errors='replace'"
+            ) from error
         return [np.array(encoding.ids, dtype=np.uint32) for encoding in encodings]
 
     def decode(self, ids: Iterable[int], *, skip_special: bool = True) -> str:
@@ -132,9 +141,10 @@ class Tokenizer:
         Raises:
             DataError: an id outside the vocabulary.
         """
-        return b"".join(
-            self.token_bytes(i) for i in ids if not (skip_special and int(i) in self._special_ids)
-        ).decode("utf-8", "replace")
+        skipped = self._special_ids if skip_special else ()
+        return b"".join(self.token_bytes(i) for i in ids if i not in skipped).decode(
+            "utf-8", "replace"
+        )
 
     def token_bytes(self, token_id: int) -> bytes:
         """The bytes that one id stands for. Raises DataError outside the vocabulary."""
@@ -142,14 +152,23 @@ class Tokenizer:
             raise DataError(
                 f"token id {token_id} is outside the vocabulary of {self.vocab_size}",
                 why="ids above it are padding rows of the embedding and stand for no text",
+                fix="use the tokenizer that the model was trained with",
             )
         return self._token_bytes[token_id]
+
+    def stream(self, *, skip_special: bool = True) -> StreamDecoder:
+        """A decoder that is fed ids one by one."""
+        return StreamDecoder(self, skip_special=skip_special)
 
     def apply_chat_template(
         self, messages: Sequence[Message], add_generation_prompt: bool = True
     ) -> list[int]:
         """Token ids of a conversation. Only the template's own markers become special tokens;
-        a marker typed inside a message is encoded as the text that it is."""
+        a marker typed inside a message is encoded as the text that it is.
+
+        Raises:
+            ConfigError: a malformed message, or a tokenizer without a chat template.
+        """
         return self.encode_chat(messages, add_generation_prompt)[0]
 
     def encode_chat(
@@ -157,18 +176,67 @@ class Tokenizer:
     ) -> tuple[list[int], list[bool]]:
         """Token ids of a conversation, and for each whether the assistant has to produce it."""
         ids: list[int] = []
-        mask: list[bool] = []
-        for text, special, produced in self._template.segments(
-            messages, add_generation_prompt, self._special
-        ):
-            new = [self._special[text]] if special else self.encode(text)
+        produced: list[bool] = []
+        for part in self.chat_template.parts(messages, add_generation_prompt, self._special):
+            new = [self._special[part.text]] if part.is_special else self.encode(part.text)
             ids += new
-            mask += [produced] * len(new)
-        return ids, mask
+            produced += [part.is_produced] * len(new)
+        return ids, produced
 
-    def stream(self, *, skip_special: bool = True) -> StreamDecoder:
-        """A decoder that is fed ids one by one."""
-        return StreamDecoder(self, skip_special=skip_special)
+    @property
+    def chat_template(self) -> ChatTemplate:
+        """How conversations are laid out. Raises ConfigError if the files hold no template."""
+        if self._template is None:
+            raise ConfigError(
+                "this tokenizer has no chat template",
+                why="it belongs to a base model, which only continues text",
+                fix="use `solollm generate`, or add a chat_template.jinja beside tokenizer.json",
+            )
+        return self._template
+
+    def _pays(self, texts: Sequence[str]) -> bool:
+        """Whether enough text has come by to be worth the fast encoder's start."""
+        if self._slow_chars > 0:
+            self._slow_chars -= sum(map(len, texts))
+        return self._slow_chars <= 0 and is_faithful()
+
+    def _name_specials(self, config: Mapping[str, Any], path: Path) -> None:
+        """Set `bos_id`, `eos_id`, `pad_id` and `end_id`; what a foreign tokenizer lacks is its
+        end of text."""
+
+        def named(key: str) -> int | None:
+            value = config.get(key)
+            token = value.get("content") if isinstance(value, dict) else value
+            if token is None:
+                return None
+            if token not in self._special:
+                raise IntegrityError(
+                    f"{path}: `{key}` is {token!r:.40}",
+                    why="tokenizer.json has no such special token",
+                )
+            return self._special[token]
+
+        eos = named("eos_token")
+        if eos is None:
+            raise IntegrityError(f"{path} names no `eos_token`", why="text would never end")
+        bos, pad = named("bos_token"), named("pad_token")
+        self.eos_id = eos
+        self.bos_id = eos if bos is None else bos
+        self.pad_id = eos if pad is None else pad
+        self.end_id = next((self._special[t] for t in _TURN_ENDS if t in self._special), eos)
+
+    def _chat_template(self, config: Mapping[str, Any], path: Path) -> ChatTemplate | None:
+        source = config.get("chat_template")
+        if CHAT_TEMPLATE in self._files:
+            try:
+                source = self._files[CHAT_TEMPLATE].decode()
+            except UnicodeDecodeError as error:
+                raise IntegrityError(f"{path} is not UTF-8", why=str(error)) from error
+        if not isinstance(source, str):
+            return None
+        ids = {"bos_token": self.bos_id, "eos_token": self.eos_id, "pad_token": self.pad_id}
+        names = {name: self._token_bytes[i].decode() for name, i in ids.items()}
+        return ChatTemplate(source, names)
 
 
 class StreamDecoder:
@@ -179,7 +247,8 @@ class StreamDecoder:
 
     def __init__(self, tokenizer: Tokenizer, *, skip_special: bool = True) -> None:
         self._tokenizer = tokenizer
-        self._skipped = tokenizer._special_ids if skip_special else frozenset()
+        special = tokenizer.special_tokens.values()
+        self._skipped = frozenset(special if skip_special else ())
         self._utf8 = codecs.getincrementaldecoder("utf-8")("replace")
 
     def push(self, token_id: int) -> str:
@@ -193,27 +262,9 @@ class StreamDecoder:
         return self._utf8.decode(b"", final=True)
 
 
-def byte_alphabet() -> dict[int, str]:
-    """Byte -> the printable character that stands for it in tokenizer.json (GPT-2, 2019)."""
-    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
-    others = [byte for byte in range(256) if byte not in printable]
-    letters = {byte: chr(byte) for byte in printable}
-    return letters | {byte: chr(256 + place) for place, byte in enumerate(others)}
-
-
-def _token_bytes(vocabulary: Mapping[str, int], special: Mapping[str, int]) -> list[bytes]:
-    byte_of = {letter: byte for byte, letter in byte_alphabet().items()}
-    table: dict[int, bytes] = {}
-    for token, token_id in vocabulary.items():
-        if token not in special:
-            table[token_id] = bytes(byte_of[letter] for letter in token)
-    table |= {token_id: token.encode() for token, token_id in special.items()}
-    return [table[token_id] for token_id in range(len(table))]
-
-
-def tokenizer_config(template: str, special: Mapping[str, int]) -> dict[str, Any]:
-    """The content of tokenizer_config.json, as transformers reads it."""
-    return {
+def config_bytes(special: Sequence[str]) -> bytes:
+    """The tokenizer_config.json that belongs to these special tokens, as transformers reads it."""
+    content = {
         "tokenizer_class": "PreTrainedTokenizerFast",
         "bos_token": BOS,
         "eos_token": EOS,
@@ -221,6 +272,40 @@ def tokenizer_config(template: str, special: Mapping[str, int]) -> dict[str, Any
         "additional_special_tokens": [t for t in special if t not in (BOS, EOS, PAD)],
         "add_prefix_space": False,
         "clean_up_tokenization_spaces": False,
-        "split_special_tokens": True,
-        "chat_template": template,
+        "chat_template": TEMPLATE,
     }
+    return json.dumps(content, ensure_ascii=False, indent=2).encode() + b"\n"
+
+
+def _token_bytes(layout: TokenizerFormat) -> list[bytes]:
+    """The bytes of each id; an id that no token has stands for nothing."""
+    byte_of = {letter: byte for byte, letter in enumerate(byte_alphabet())}
+    last = max((*layout.vocabulary.values(), *layout.added.values()))
+    table = [b""] * (last + 1)
+    for token, token_id in layout.vocabulary.items():
+        if token not in layout.added:
+            table[token_id] = bytes(byte_of[letter] for letter in token)
+    for token, token_id in layout.added.items():
+        table[token_id] = token.encode()
+    return table
+
+
+def _load_plain(layout: TokenizerFormat, path: Path) -> Any:
+    """The `tokenizers` object; a foreign file is tried out in a child process first.
+
+    Raises:
+        IntegrityError: the library refuses the file, or dies of it.
+    """
+    from tokenizers import Tokenizer as PlainTokenizer
+
+    if not layout.is_own:
+        with Confined("solollm.tokenizer_format:try_load", seconds=20) as child:
+            child.ask(layout.safe_json)
+    try:
+        plain = PlainTokenizer.from_str(layout.safe_json)
+    except BaseException as error:  # its panics are no Exceptions
+        if isinstance(error, KeyboardInterrupt | SystemExit | MemoryError):
+            raise
+        raise IntegrityError(f"{path} cannot be loaded", why=f"{error}") from error
+    plain.encode_special_tokens = True
+    return plain
