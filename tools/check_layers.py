@@ -28,7 +28,7 @@ LAYERS = (
     " planner registry generation",
     "evaluation report held_out completion dialogue",
     "trainer",
-    "pretraining horizon starting_weights",
+    "pretraining horizon starting_weights run_streams",
     "testing resume_proof quickstart doctor",
     "commands",
     "cli",
