@@ -22,11 +22,13 @@ _HEADROOM = 1.1  # what a save itself asks for
 
 
 class SavedCheckpoint(NamedTuple):
-    """A finished save. `seconds` of writing, next to training."""
+    """A finished save. `seconds` of writing, next to training; `undeleted`: older checkpoints that
+    should have gone and did not, and why."""
 
     path: Path
     step: int
     seconds: float
+    undeleted: list[str]
 
 
 @dataclass(frozen=True)
@@ -93,5 +95,5 @@ class CheckpointWriter:
             )
         finally:
             snapshot.close()
-        prune(self._folder, keep_latest=self._keep_latest, keep_steps=keep)
-        return SavedCheckpoint(path, state.step, time.monotonic() - started)
+        undeleted = prune(self._folder, keep_latest=self._keep_latest, keep_steps=keep)
+        return SavedCheckpoint(path, state.step, time.monotonic() - started, undeleted)

@@ -12,20 +12,14 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from solollm.backend import Backend, Batch, Plan, TrainSession
 from solollm.checkpoint import Checkpoint, Environment, latest_checkpoint
 from solollm.config import RunConfig
-from solollm.data.shards import Split, read_index
-from solollm.data.stream import (
-    BatchStream,
-    StagedStream,
-    StepStream,
-    open_stream,
-    require_fingerprint,
-)
-from solollm.errors import ConfigError, DataError, IntegrityError
+from solollm.data.shards import read_index
+from solollm.data.stream import require_fingerprint
+from solollm.errors import ConfigError, IntegrityError, SoloLLMError
 from solollm.hardware import read_machine
 from solollm.horizon import (
     Shape,
@@ -38,9 +32,11 @@ from solollm.horizon import (
 )
 from solollm.planner import plan
 from solollm.registry import Selected, find_backends, select_backend
+from solollm.report.html import write_report
+from solollm.report.sinks import open_sinks
 from solollm.run_log import Row
+from solollm.run_streams import RunStreams, open_split, open_streams
 from solollm.runs import Run
-from solollm.schedule import decay_start
 from solollm.starting_weights import StartingWeights, read_starting_weights
 from solollm.tokenizer import Tokenizer
 from solollm.trainer import Progress, Sink, Trainer, TrainResult, Workload
@@ -66,14 +62,6 @@ class Preparation:
         return Shape.of(self.config)
 
 
-class _Streams(NamedTuple):
-    """What a run reads. `first` is the training stream, or its first stage."""
-
-    train: StepStream
-    first: BatchStream
-    validation: BatchStream | None
-
-
 def pretrain(
     config: RunConfig, run: Path, *, backend: str = "auto", sinks: Sequence[Sink] = ()
 ) -> TrainResult:
@@ -84,6 +72,7 @@ def pretrain(
         StoppedBySignal, StorageError, SoloLLMError: as `Trainer.fit`.
     """
     prepared = prepare(config, backend=backend)
+    sinks = [*sinks, *open_sinks(config.log.sinks, run)]
     created = Run.create(run, with_paths_from(prepared.config, run))
     with created.lock():
         return _train(created, prepared, None, sinks)
@@ -119,6 +108,7 @@ def resume(
             return _finished(opened, checkpoint)
         recorded = checkpoint.state.environment if checkpoint else None
         prepared = prepare(config, backend=backend, recorded=recorded)
+        sinks = [*sinks, *open_sinks(config.log.sinks, run)]
         notes = [{"kind": "checkpoint_damaged", "reason": problem} for problem in damaged]
         return _train(opened, prepared, checkpoint, sinks, notes)
 
@@ -147,7 +137,8 @@ def prepare(
         weights = read_starting_weights(Path(config.train.init_from), tokenizer)
 
     def sample_batch(rows: int, seq_len: int) -> Batch:
-        return _open(config, config.data.corpus, "train", rows, seq_len).batch(0)
+        corpus = config.data.corpus
+        return open_split(config, corpus, "train", batch_size=rows, seq_len=seq_len).batch(0)
 
     named = config.model.preset or config.model.depth or config.model.config
     vocab_size = tokenizer.padded_vocab_size
@@ -173,11 +164,12 @@ def _train(
     notes: Sequence[Row] = (),
 ) -> TrainResult:
     """Train from `checkpoint`, or from the start. The caller holds the lock."""
-    streams = _open_streams(prepared)
+    config, shape = prepared.config, prepared.shape
+    streams = open_streams(config, batch_size=shape.batch_size, seq_len=shape.seq_len)
     if checkpoint is not None:
         require_fingerprint(streams.train, checkpoint.state.data.fingerprint)
-    options = session_options(prepared.config, prepared.backend)
-    session = prepared.backend.train_session(prepared.shape.model, options, prepared.plan)
+    options = session_options(config, prepared.backend)
+    session = prepared.backend.train_session(shape.model, options, prepared.plan)
     with closing(session):
         _load(session, prepared, checkpoint)
         environment = _environment(prepared, session)
@@ -189,7 +181,7 @@ def _train(
         work = Workload(
             session=session,
             stream=streams.train,
-            model=prepared.shape.model,
+            model=shape.model,
             tokenizer=prepared.tokenizer,
             environment=environment,
             bytes_per_target=streams.first.bytes_per_target,
@@ -197,7 +189,18 @@ def _train(
             facts=_facts(prepared, streams),
             notes=[*notes, *changes],
         )
-        return Trainer(work, run, progress=progress, sinks=sinks).fit()
+        try:
+            return Trainer(work, run, progress=progress, sinks=sinks).fit()
+        finally:
+            _report(run)
+
+
+def _report(run: Run) -> None:
+    """Write `report.html`, however the run has ended; a page that fails hides no other error."""
+    try:
+        write_report(run)
+    except SoloLLMError as error:
+        run.append_event("report_failed", reason=str(error))
 
 
 def _tokenizer_of(corpus: Path) -> Tokenizer:
@@ -281,6 +284,7 @@ def _load(session: TrainSession, prepared: Preparation, checkpoint: Checkpoint |
     if checkpoint is not None:
         session.import_parameters(checkpoint.parameters())
         session.import_optimizer(checkpoint.optimizer(), checkpoint.state.session_state)
+        checkpoint.close()  # or its disk space would stay taken after it is pruned
     elif prepared.starting_weights is not None:
         session.import_parameters(prepared.starting_weights.parameters())
 
@@ -317,37 +321,7 @@ def _finished(run: Run, checkpoint: Checkpoint) -> TrainResult:
     )
 
 
-def _open(config: RunConfig, corpus: str, split: Split, rows: int, seq_len: int) -> BatchStream:
-    return open_stream(
-        Path(corpus), split=split, seq_len=seq_len, batch_size=rows,
-        seed=config.train.seed, mask_documents=config.data.mask_documents,
-    )  # fmt: skip
-
-
-def _open_streams(prepared: Preparation) -> _Streams:
-    config, shape = prepared.config, prepared.shape
-    rows, seq_len, data = shape.batch_size, shape.seq_len, config.data
-    first = _open(config, data.corpus, "train", rows, seq_len)
-    train: StepStream = first
-    if data.decay_corpus:
-        start = decay_start(config.train.steps or 0, config.schedule)
-        if config.schedule.name != "wsd" or start >= (config.train.steps or 0):
-            raise ConfigError(
-                "data.decay_corpus is set, but this schedule has no decay stage for it",
-                why=f"schedule.name is {config.schedule.name}, decay_fraction"
-                f" {config.schedule.decay_fraction}",
-                fix="use --set schedule.name=wsd with a decay_fraction above 0",
-            )
-        second = _open(config, data.decay_corpus, "train", rows, seq_len)
-        train = StagedStream([(0, first), (start, second)]) if start else second
-    try:
-        validation = _open(config, data.corpus, "validation", rows, seq_len)
-    except DataError:  # a corpus built without held-out documents is trained on all the same
-        validation = None
-    return _Streams(train, first, validation)
-
-
-def _facts(prepared: Preparation, streams: _Streams) -> dict[str, Any]:
+def _facts(prepared: Preparation, streams: RunStreams) -> dict[str, Any]:
     shape, fit, backend = prepared.shape, prepared.plan, prepared.backend
     return {
         "backend": backend.name,

@@ -8,8 +8,10 @@ same loss logged at every step. `solollm verify resume` prints it.
 
 from __future__ import annotations
 
+import json
 import multiprocessing
 import random
+import signal
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -22,14 +24,16 @@ from solollm import durable
 from solollm.architecture import ModelConfig
 from solollm.checkpoint import latest_checkpoint
 from solollm.config import RunConfig, parse_config
+from solollm.data.build import build_corpus
 from solollm.errors import BackendError, IntegrityError
 from solollm.pretraining import pretrain, resume
 from solollm.run_log import Row
 from solollm.runs import Run
+from solollm.tokenizer import Tokenizer
 
 _START_SECONDS = 300.0  # for a fresh process to import its framework on a busy machine
 _LIFE_SECONDS = 3600.0
-_SAVE_PAUSE_SECONDS = 0.004  # per system call of a save, so that there is a save to be killed in
+_SAVE_PAUSE_SECONDS = 0.001  # per system call of a save, so that there is a save to be killed in
 _POLL_SECONDS = 0.002
 
 
@@ -71,7 +75,8 @@ def prove_resume(
     start_method: Literal["spawn", "forkserver"] = "spawn",
     on_life: Callable[[Life], None] = lambda life: None,
 ) -> ResumeProof:
-    """Train `config` twice under `folder`, once killed `kills` times, and compare.
+    """Train `config` twice under `folder`, once killed `kills` times, and compare. Its steps must
+    be set: a horizon in hours would be measured anew for each run.
 
     "spawn" gives every life a fresh interpreter; "forkserver" forks them all from one that has
     imported the framework, which is faster and proves a little less.
@@ -94,12 +99,20 @@ def prove_resume(
         on_life(life)
     nursery.live_out(killed)
     return ResumeProof(
-        steps=config.train.steps or 0,
+        steps=Run.open(straight).config.train.steps or 0,
         lives=tuple(lives),
         straight_digest=_final_digest(straight),
         killed_digest=_final_digest(killed),
         losses_equal=_losses(straight) == _losses(killed),
     )
+
+
+def tiny_training(folder: Path, *, steps: int) -> RunConfig:
+    """A training in miniature, with a corpus of its own from the Python standard library."""
+    corpus = folder / "corpus"
+    build_corpus([Path(json.__file__).parent], corpus, vocab_size=512)
+    vocab_size = Tokenizer.load(corpus / "tokenizer").padded_vocab_size
+    return tiny_config(corpus, vocab_size, steps)
 
 
 def tiny_config(corpus: Path, vocab_size: int, steps: int) -> RunConfig:
@@ -148,12 +161,12 @@ class _Nursery:
             while aim and process.is_alive() and not _half_saved(run):
                 time.sleep(_POLL_SECONDS)
             if aim:
-                time.sleep(chance.uniform(0, 20 * _SAVE_PAUSE_SECONDS))
-            if not process.is_alive():
-                raise _ended_early(process)
+                time.sleep(chance.uniform(0, 50 * _SAVE_PAUSE_SECONDS))
             process.kill()
             process.join()
             seconds = time.monotonic() - begun
+            if process.exitcode != -signal.SIGKILL:
+                raise _ended_early(process)
         steps = [row["step"] for row in Run.open(run).read_metrics()]
         return Life(start_step, max(steps, default=0), seconds, _half_saved(run))
 
@@ -188,16 +201,20 @@ class _SlowDisk(durable.Disk):
 
 
 class _FirstStep:
-    """A sink that tells the parent when training begins, and at which step."""
+    """A sink that tells the parent when the first step is done, and where the life began."""
 
     def __init__(self, connection: Connection) -> None:
         self._connection = connection
+        self._start_step = 0
 
     def start(self, facts: Row) -> None:
-        self._connection.send(facts["start_step"])
-        self._connection.close()
+        self._start_step = facts["start_step"]
 
-    def metrics(self, row: Row) -> None: ...
+    def metrics(self, row: Row) -> None:
+        if not self._connection.closed:
+            self._connection.send(self._start_step)
+            self._connection.close()
+
     def evaluation(self, row: Row) -> None: ...
     def sample(self, row: Row) -> None: ...
     def event(self, row: Row) -> None: ...

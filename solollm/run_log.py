@@ -9,8 +9,8 @@ is not finite is null:
     kind "eval"    step loss bits_per_byte targets seconds
     kind "sample"  step prompt text
 
-The events of `events.jsonl`: step_skipped, checkpoint_saved, checkpoint_damaged, resumed, stopped,
-environment_changed, sink_failed.
+The events of `events.jsonl`: step_skipped, checkpoint_saved, checkpoint_damaged,
+checkpoint_not_deleted, resumed, stopped, environment_changed, sink_failed, report_failed.
 """
 
 from __future__ import annotations

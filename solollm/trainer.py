@@ -100,8 +100,8 @@ class _Launched:
 
 
 class Trainer:
-    """Trains one run on `run.config`, which must be resolved (`pretraining.resolve`). The caller
-    holds the run's lock and closes the session."""
+    """Trains one run on `run.config`, which must be resolved (`solollm.horizon`). The caller holds
+    the run's lock and closes the session."""
 
     def __init__(
         self,
@@ -116,8 +116,7 @@ class Trainer:
         assert run.config.optimizer.lr is not None, "the config is not resolved"
         self._work = work
         self._session = work.session
-        self._run = run
-        self._config = run.config
+        self._run, self._config = run, run.config
         self._total_steps = run.config.train.steps
         self._peak_lr = run.config.optimizer.lr
         self._progress = progress or Progress()
@@ -173,8 +172,8 @@ class Trainer:
     def _start(self, batches: Prefetch) -> None:
         """Tell the sinks; then one step that changes nothing, so that running out of memory, a
         full disk or broken numbers show in seconds and not after an hour."""
-        steps = {"start_step": self._start_step, "total_steps": self._total_steps}
-        self._log.start({"run": self._run.path.name, **steps, **self._work.facts})
+        place = {"start_step": self._start_step, "total_steps": self._total_steps}
+        self._log.start({"run": self._run.path.name, **place, **self._work.facts})
         for note in self._work.notes:
             self._log.event(**note)
         with closing(self._session.snapshot()) as snapshot:
@@ -334,9 +333,10 @@ class Trainer:
         saved = self._writer.finished(wait=wait)
         if saved is not None:
             self._checkpoint = saved.path
-            self._log.event(
-                "checkpoint_saved", step=saved.step, path=saved.path.name, seconds=saved.seconds
-            )
+            name, seconds = saved.path.name, saved.seconds
+            self._log.event("checkpoint_saved", step=saved.step, path=name, seconds=seconds)
+            for reason in saved.undeleted:
+                self._log.event("checkpoint_not_deleted", reason=reason)
 
     def _stop(self, signal_number: int) -> None:
         self._resolve()

@@ -1,0 +1,130 @@
+"""`solollm pretrain`: the skin of `solollm.pretraining.pretrain`."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from solollm.commands import console, print_json
+
+if TYPE_CHECKING:
+    from solollm.pretraining import Preparation
+    from solollm.run_log import Sink
+    from solollm.trainer import TrainResult
+
+_EPILOG = """\b
+Examples:
+  solollm pretrain --corpus corpora/mine --run runs/first --depth 4
+  solollm pretrain --corpus corpora/mine --run runs/night --hours 8
+  solollm pretrain --config small.toml --run runs/second --set train.seed=1
+  solollm pretrain --corpus corpora/mine --preset 125m --dry-run
+\b
+Stop it with Ctrl-C: it saves, and `solollm resume` goes on.
+"""
+# Flag -> the setting it stands for; --set has the last word.
+_SHORTCUTS = {
+    "corpus": "data.corpus",
+    "preset": "model.preset",
+    "depth": "model.depth",
+    "hours": "train.hours",
+    "init_from": "train.init_from",
+}
+
+
+@click.command("pretrain", epilog=_EPILOG)
+@click.option("--run", type=click.Path(path_type=Path), help="Folder of the new run.")
+@click.option("--corpus", type=click.Path(), help="Folder that `solollm data build` made.")
+@click.option("--preset", help="Model by name: 15m, 125m, 350m, 1.3b, 2.7b, 7b.")
+@click.option("--depth", type=int, help="Model by one number, its layers; the default is 4.")
+@click.option("--hours", type=float, help="How long; alone it also chooses the model.")
+@click.option("--init-from", type=click.Path(), help="Checkpoint whose weights to start from.")
+@click.option("--config", "config_path", type=click.Path(path_type=Path), help=".toml or .yaml")
+@click.option("--set", "overrides", multiple=True, metavar="TABLE.KEY=VALUE", help="Any setting.")
+@click.option("--backend", default="auto", show_default=True, help="auto, or the name of one.")
+@click.option("--dry-run", is_flag=True, help="Show what would be done; write nothing.")
+@click.option("--json", "as_json", is_flag=True, help="One line of JSON per row instead.")
+def command(
+    run: Path | None, config_path: Path | None, overrides: tuple[str, ...], backend: str,
+    dry_run: bool, as_json: bool, **shortcuts: Any,
+) -> None:  # fmt: skip
+    """Train a model from scratch, or from a checkpoint's weights.
+
+    What is left open is chosen: the model by depth 4, batch, learning rate and length by the
+    model, micro-batch and precision by this machine's memory.
+    """
+    from solollm.config import load_config
+    from solollm.pretraining import prepare, pretrain
+
+    given = [
+        f"{_SHORTCUTS[name]}={json.dumps(value)}"
+        for name, value in shortcuts.items()
+        if value is not None
+    ]
+    config = load_config(config_path, [*given, *overrides])
+    if dry_run:
+        show_preparation(prepare(config, backend=backend), as_json=as_json)
+        return
+    if run is None:
+        raise click.UsageError("give the new run a folder: --run runs/NAME")
+    result = pretrain(config, run, backend=backend, sinks=[sink_for(as_json=as_json)])
+    if not as_json:
+        show_result(result)
+
+
+def sink_for(*, as_json: bool) -> Sink:
+    """What watches a run on this terminal."""
+    from solollm.report.console import ConsoleSink, JsonSink
+
+    return JsonSink() if as_json else ConsoleSink(console())
+
+
+def show_result(result: TrainResult) -> None:
+    """Print how a run ended, and what to type next."""
+    terminal = console()
+    held_out = ""
+    if result.bits_per_byte is not None:
+        held_out = f", held-out {result.bits_per_byte:.3f} bits per byte"
+    terminal.print(f"finished {result.run}: step {result.step:,}{held_out}", markup=False)
+    terminal.print(f"weights {result.checkpoint}", markup=False, soft_wrap=True)
+    terminal.print(f"curves  {result.run / 'report.html'}", markup=False, soft_wrap=True)
+    terminal.print(f"next    solollm generate {result.run}", markup=False, soft_wrap=True)
+
+
+def show_preparation(prepared: Preparation, *, as_json: bool) -> None:
+    """Print what a run would be."""
+    from solollm.planner import format_bytes
+
+    shape, plan, steps = prepared.shape, prepared.plan, prepared.config.train.steps or 0
+    if as_json:
+        print_json(
+            {
+                "config": prepared.config.model_dump(mode="json", exclude_none=True),
+                "backend": prepared.backend.name,
+                "num_parameters": shape.model.num_parameters(),
+                "steps": steps,
+                "tokens_per_step": shape.tokens_per_step,
+                "micro_batch_size": plan.micro_batch_size,
+                "activation_checkpointing": plan.activation_checkpointing,
+                "compute_dtype": plan.compute_dtype,
+                "memory_bytes": dict(plan.memory_bytes),
+                "memory_limit_bytes": plan.memory_limit_bytes,
+            }
+        )
+        return
+    model, total = shape.model, sum(plan.memory_bytes.values())
+    rows = {
+        "backend": prepared.selected.reason,
+        "model": f"{model.num_parameters():,} parameters: {model.num_hidden_layers} layers,"
+        f" {model.hidden_size} wide, {model.vocab_size:,} ids",
+        "batch": f"{shape.batch_size} rows of {shape.seq_len} tokens, {plan.micro_batch_size} at"
+        f" once, {plan.compute_dtype}"
+        + (", activation checkpointing" if plan.activation_checkpointing else ""),
+        "length": f"{steps:,} steps, {steps * shape.tokens_per_step:,} tokens",
+        "learning rate": f"{shape.lr:g}, {prepared.config.schedule.name}",
+        "memory": f"{format_bytes(total)} of {format_bytes(plan.memory_limit_bytes)}",
+    }
+    for name, value in rows.items():
+        console().print(f"{name:14} {value}", markup=False, soft_wrap=True)

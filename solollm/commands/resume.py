@@ -1,0 +1,40 @@
+"""`solollm resume`: the skin of `solollm.pretraining.resume`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from solollm.commands import console, print_json
+from solollm.commands.pretrain import show_result, sink_for
+
+_EPILOG = """\b
+Examples:
+  solollm resume runs/first
+  solollm resume runs/first --corpus /mnt/moved/corpora/mine
+"""
+
+
+@click.command("resume", epilog=_EPILOG)
+@click.argument("run", type=click.Path(path_type=Path))
+@click.option(
+    "--corpus", type=click.Path(path_type=Path), help="Where its corpus lies now, if it was moved."
+)
+@click.option("--backend", default="auto", show_default=True, help="auto, or the name of one.")
+@click.option("--json", "as_json", is_flag=True, help="One line of JSON per row instead.")
+def command(run: Path, corpus: Path | None, backend: str, as_json: bool) -> None:
+    """Continue an interrupted run from its newest intact checkpoint.
+
+    On the same machine the result is what an undisturbed run would have given, bit for bit.
+    """
+    from solollm.pretraining import resume
+
+    result = resume(run, backend=backend, sinks=[sink_for(as_json=as_json)], corpus=corpus)
+    is_over = result.start_step == result.step
+    if as_json and is_over:
+        print_json({"kind": "finish", "status": "finished", "step": result.step})
+    elif is_over:
+        console().print(f"{run} is finished already: nothing was done", markup=False)
+    if not as_json:
+        show_result(result)

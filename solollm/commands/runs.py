@@ -1,0 +1,124 @@
+"""`solollm runs list|show|verify`: skins over `solollm.runs` and `solollm.checkpoint`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from solollm.commands import console, print_json
+
+if TYPE_CHECKING:
+    from solollm.runs import Run, RunSummary
+
+_JSON = click.option("--json", "as_json", is_flag=True, help="Print JSON instead.")
+_RUN = click.argument("run", type=click.Path(path_type=Path))
+
+
+@click.group("runs", epilog="\b\nExample:\n  solollm runs list\n  solollm runs verify runs/first")
+def command() -> None:
+    """List, show and verify runs."""
+
+
+@command.command("list", epilog="\b\nExample:\n  solollm runs list\n  solollm runs list old/runs")
+@click.argument("folder", type=click.Path(path_type=Path), default=Path("runs"))
+@_JSON
+def list_command(folder: Path, as_json: bool) -> None:
+    """The runs in FOLDER (default: runs): how far each is, and whether it is going."""
+    from solollm.runs import list_runs
+
+    found = list_runs(folder)
+    if as_json:
+        for summary in found:
+            print_json(summary._asdict())
+        return
+    if not found:
+        console().print(f"no runs in {folder}; `solollm pretrain` starts one", markup=False)
+        return
+    _table(["run", "state", "step", "of", "loss"], [_cells(summary) for summary in found])
+
+
+@command.command("show", epilog="\b\nExample:\n  solollm runs show runs/first")
+@_RUN
+@_JSON
+def show(run: Path, as_json: bool) -> None:
+    """What RUN is and how it went; writes its report.html anew."""
+    from solollm.checkpoint import list_checkpoints
+    from solollm.report.html import write_report
+    from solollm.runs import Run, summarize
+
+    opened = Run.open(run)
+    page = write_report(opened)
+    summary = summarize(run)
+    steps = [step for step, _ in list_checkpoints(opened.checkpoints)]
+    facts = {
+        "run": str(run),
+        "state": summary.state,
+        "step": summary.step,
+        "total_steps": summary.total_steps,
+        "loss": summary.last_loss,
+        **_last_evaluation(opened),
+        "checkpoints": steps,
+        "environments": [_environment(part) for part in opened.read_lineage()],
+        "report": str(page),
+    }
+    if as_json:
+        print_json(facts)
+        return
+    for name, value in facts.items():
+        text = ", ".join(map(str, value)) if isinstance(value, list) else str(value)
+        console().print(f"{name.replace('_', ' '):14} {text}", markup=False, soft_wrap=True)
+
+
+@command.command("verify", epilog="\b\nExample:\n  solollm runs verify runs/first")
+@_RUN
+@_JSON
+def verify(run: Path, as_json: bool) -> None:
+    """Read every byte of every checkpoint of RUN. Ends with 3 if one is damaged."""
+    from solollm.checkpoint import verify_checkpoints
+    from solollm.errors import IntegrityError
+    from solollm.runs import Run
+
+    reports = verify_checkpoints(Run.open(run).checkpoints)
+    for report in reports:
+        if as_json:
+            print_json({"step": report.step, "path": report.path, "problem": report.problem})
+        else:
+            verdict = report.problem or "intact"
+            console().print(f"{report.path.name}  {verdict}", markup=False, soft_wrap=True)
+    damaged = [report.path.name for report in reports if report.problem]
+    if damaged:
+        raise IntegrityError(
+            f"{len(damaged)} of {len(reports)} checkpoints of {run} are damaged:"
+            f" {', '.join(damaged)}",
+            fix="`solollm resume` goes on from the newest intact one",
+        )
+
+
+def _cells(summary: RunSummary) -> list[str]:
+    total = f"{summary.total_steps:,}" if summary.total_steps else "?"
+    loss = f"{summary.last_loss:.3f}" if summary.last_loss is not None else ""
+    return [summary.name, summary.state, f"{summary.step:,}", total, loss]
+
+
+def _last_evaluation(run: Run) -> dict[str, Any]:
+    rows = [row for row in run.read_metrics() if row.get("kind") == "eval"]
+    if not rows:
+        return {}
+    return {"held_out_loss": rows[-1]["loss"], "bits_per_byte": rows[-1]["bits_per_byte"]}
+
+
+def _environment(part: dict[str, Any]) -> str:
+    environment = part["environment"]
+    return f"from step {part['first_step']}: {environment['backend']} on {environment['device']}"
+
+
+def _table(head: list[str], rows: list[list[str]]) -> None:
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(*head, box=None, pad_edge=False)
+    for row in rows:
+        table.add_row(*(Text(cell) for cell in row))
+    console().print(table)

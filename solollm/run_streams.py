@@ -1,0 +1,67 @@
+"""The data of a run as batch streams: training (one stage or two) and held-out."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import NamedTuple
+
+from solollm.config import RunConfig
+from solollm.data.shards import Split
+from solollm.data.stream import BatchStream, StagedStream, StepStream, open_stream
+from solollm.errors import ConfigError, DataError
+from solollm.schedule import decay_start
+
+
+class RunStreams(NamedTuple):
+    """`first` is the training stream, or its first stage; no `validation`: nothing is held out."""
+
+    train: StepStream
+    first: BatchStream
+    validation: BatchStream | None
+
+
+def open_split(
+    config: RunConfig, corpus: str, split: Split, *, batch_size: int, seq_len: int
+) -> BatchStream:
+    """One split of a corpus, read as the config says."""
+    return open_stream(
+        Path(corpus), split=split, seq_len=seq_len, batch_size=batch_size,
+        seed=config.train.seed, mask_documents=config.data.mask_documents,
+    )  # fmt: skip
+
+
+def open_streams(config: RunConfig, *, batch_size: int, seq_len: int) -> RunStreams:
+    """The streams of a config whose number of steps is known.
+
+    Raises:
+        ConfigError: no corpus there, or a decay corpus where nothing decays.
+        DataError: no training document. IntegrityError: a damaged corpus.
+    """
+
+    def opened(corpus: str, split: Split) -> BatchStream:
+        return open_split(config, corpus, split, batch_size=batch_size, seq_len=seq_len)
+
+    first = opened(config.data.corpus, "train")
+    train: StepStream = first
+    if config.data.decay_corpus:
+        start = _decay_start(config)
+        second = opened(config.data.decay_corpus, "train")
+        train = StagedStream([(0, first), (start, second)]) if start else second
+    try:
+        validation = opened(config.data.corpus, "validation")
+    except DataError:  # a corpus built without held-out documents is trained on all the same
+        validation = None
+    return RunStreams(train, first, validation)
+
+
+def _decay_start(config: RunConfig) -> int:
+    steps = config.train.steps or 0
+    start = decay_start(steps, config.schedule)
+    if config.schedule.name != "wsd" or start >= steps:
+        raise ConfigError(
+            "data.decay_corpus is set, but this schedule has no decay stage for it",
+            why=f"schedule.name is {config.schedule.name}, decay_fraction"
+            f" {config.schedule.decay_fraction}",
+            fix="use --set schedule.name=wsd with a decay_fraction above 0",
+        )
+    return start
