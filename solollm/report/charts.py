@@ -30,12 +30,14 @@ class Series(NamedTuple):
 
 
 class Chart(NamedTuple):
-    """One picture. `marks` are x values with a dashed line, such as the steps of a resume."""
+    """One picture. `marks` are x values with a dashed line, such as the steps of a resume;
+    `from_zero` is for amounts, whose small changes must not look large."""
 
     title: str
     series: Sequence[Series]
     format: Format
     marks: Sequence[float] = ()
+    from_zero: bool = False
 
 
 def line_chart(chart: Chart) -> str:
@@ -45,6 +47,7 @@ def line_chart(chart: Chart) -> str:
     if not curves:
         return ""
     low, high = _value_range([y for c in curves for y in c.y if y is not None])
+    low = 0.0 if chart.from_zero else low
     steps = [x for c in curves for x in c.x]
     frame = _Frame(min(steps), max(steps), low, high)
     parts = [_grid(frame, chart.format)]

@@ -139,7 +139,8 @@ def _charts(facts: RunFacts) -> str:
             curves = [raw._replace(style="faint"), averaged]
         if key in ("loss", "bits_per_byte"):
             curves.append(_series("held-out", key, evaluated, "eval"))
-        return line_chart(Chart(title, curves, format_value, marks))
+        is_amount = key == "tokens_per_second"
+        return line_chart(Chart(title, curves, format_value, marks, from_zero=is_amount))
 
     drawn = [
         chart("Loss, nats per token", "loss"),
@@ -159,7 +160,7 @@ def _memory_chart(trained: Sequence[Row], marks: Sequence[float]) -> Chart:
     largest = max((y for y in curve.y if y is not None), default=0.0)
     unit, size = ("GiB", 1 << 30) if largest >= 1 << 30 else ("MiB", 1 << 20)
     scaled = curve._replace(y=[None if y is None else y / size for y in curve.y])
-    return Chart(f"Memory, {unit}", [scaled], count_text, marks)
+    return Chart(f"Memory, {unit}", [scaled], count_text, marks, from_zero=True)
 
 
 def _series(name: str, key: str, rows: Iterable[Row], style: Style) -> Series:
@@ -205,7 +206,7 @@ def _lineage(entries: Sequence[Row]) -> str:
     for entry in entries:
         environment = entry.get("environment", entry)
         shown = [f"{k}: {_plain(v)}" for k, v in environment.items() if v not in (None, "", {}, [])]
-        rows.append([_figure(entry, "first_step", "{:,}"), html.escape(", ".join(shown))])
+        rows.append([_figure(entry, "first_step", "{:,}"), html.escape("; ".join(shown))])
     return table(["from step", "on"], rows) if rows else ""
 
 
@@ -281,4 +282,6 @@ def _peak(rows: Sequence[Row]) -> str:
 
 
 def _plain(value: Any) -> str:
+    if isinstance(value, Mapping):
+        return ", ".join(f"{key} {_plain(item)}" for key, item in value.items())
     return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str)

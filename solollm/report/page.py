@@ -45,6 +45,7 @@ svg .pointer { stroke: var(--soft); stroke-width: 1; visibility: hidden; }
 .scroll { overflow-x: auto; }
 table { border-collapse: collapse; font-size: 13.5px; width: 100%; }
 th { text-align: left; color: var(--soft); font-weight: 500; }
+th { white-space: nowrap; }
 th, td { padding: 4px 16px 4px 0; border-bottom: 1px solid var(--line); vertical-align: top;
   font-variant-numeric: tabular-nums; }
 .sample { padding: 10px 14px; margin-bottom: 10px; }
@@ -52,7 +53,7 @@ th, td { padding: 4px 16px 4px 0; border-bottom: 1px solid var(--line); vertical
 .sample p, pre { margin: 4px 0 0; white-space: pre-wrap; overflow-wrap: anywhere;
   font: 13px/1.5 ui-monospace, "SF Mono", Menlo, Consolas, monospace; }
 .sample mark { background: none; color: var(--soft); }
-details { padding: 8px 14px; margin-bottom: 10px; }
+details { padding: 8px 14px; margin-top: 12px; }
 summary { cursor: pointer; font-weight: 600; font-size: 14px; }
 pre { background: var(--code); border-radius: 6px; padding: 10px; overflow-x: auto; }
 footer { margin-top: 36px; font-size: 12.5px; color: var(--soft); }

@@ -141,7 +141,7 @@ def test_the_report_is_written_from_the_runs_files(tmp_path: Path) -> None:
     run.record_lineage(0, {"backend": "torch", "device": "cpu"})
     run.write_plan({"micro_batch_size": 8, "memory_limit_bytes": 1 << 30})
     page = write_report(run).read_text(encoding="utf-8")
-    for words in ("finished", "backend: torch, device: cpu", "1 GiB", "steps = 300", "resumed"):
+    for words in ("finished", "backend: torch; device: cpu", "1 GiB", "steps = 300", "resumed"):
         assert words in page, words
     assert page.count('class="mark"') == 6
 
