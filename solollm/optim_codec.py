@@ -40,11 +40,12 @@ class Quantized(NamedTuple):
 
 @cache
 def codebook(state: State) -> Codebook:
-    """Square law: code t stands for t * |t|, fine near zero and never coarser than 1.6% of absmax.
+    """Power laws: fine near zero, and never coarser than 1.6% of absmax.
 
-    Signed for `exp_avg` and `momentum_buffer`: t = (code - 127) / 127, code 255 is not used.
-    Unsigned for `exp_avg_sq`: t = code / 255, and the lowest border is 0 itself: only an exact zero
-    becomes zero, because Adam divides by this number.
+    Signed for `exp_avg` and `momentum_buffer`: with t = (code - 127) / 127 the level is t * |t|;
+    code 255 is not used. Unsigned for `exp_avg_sq`: with t = code / 255 the level is t^4, a square
+    law for its root, which is what Adam divides by; the borders lie half-way between the roots, and
+    the lowest is 0 itself, so that only an exact zero becomes zero.
 
     Block-wise absmax is that of Dettmers et al. 2022, arXiv:2110.02861. Their dynamic map spends
     half of its codes below 1% of absmax; on the moments of real gradients its error is larger
@@ -52,10 +53,12 @@ def codebook(state: State) -> Codebook:
     """
     signed = state != "exp_avg_sq"
     t = (np.arange(256) - 127) / 127 if signed else np.arange(256) / 255
-    exact = t * np.abs(t)
-    levels = exact.astype(np.float32)
-    borders = ((exact[:-1] + exact[1:]) / 2).astype(np.float32)
-    if not signed:
+    square = t * np.abs(t)
+    border = (square[:-1] + square[1:]) / 2
+    if signed:
+        levels, borders = square.astype(np.float32), border.astype(np.float32)
+    else:
+        levels, borders = (square * square).astype(np.float32), (border * border).astype(np.float32)
         borders[0] = 0.0
     levels.flags.writeable = borders.flags.writeable = False
     return Codebook(levels, borders)
@@ -91,15 +94,12 @@ def num_blocks(shape: Sequence[int]) -> int:
 
 
 def quantize(values: np.ndarray, state: State) -> Quantized:
-    """Codes of a finite float32 tensor.
+    """Codes of a finite float32 tensor, computed in float32.
 
-    In float32: `exp_avg_sq` is replaced by its square root (Adam's divisor, half the decades);
-    absmax is the block's largest magnitude; code = borders below value / absmax. A block of zeros
-    is divided by 1.
+    absmax is the block's largest magnitude; code = how many borders lie below value / absmax. A
+    block of zeros is divided by 1.
     """
     flat = np.asarray(values, np.float32).reshape(-1)
-    if state == "exp_avg_sq":
-        flat = np.sqrt(flat)
     blocks = np.zeros((num_blocks(values.shape), BLOCK_SIZE), np.float32)
     blocks.reshape(-1)[: flat.size] = flat
     absmax = np.abs(blocks).max(axis=1)
@@ -109,12 +109,10 @@ def quantize(values: np.ndarray, state: State) -> Quantized:
 
 
 def dequantize(quantized: Quantized, state: State) -> np.ndarray:
-    """The float32 tensor: level times absmax, squared for `exp_avg_sq`."""
+    """The float32 tensor: level times absmax."""
     codes, absmax = quantized
     scale = np.repeat(absmax, BLOCK_SIZE)[: codes.size]
     values: np.ndarray = codebook(state).levels[codes.reshape(-1)] * scale
-    if state == "exp_avg_sq":
-        values = values * values
     return values.reshape(codes.shape)
 
 

@@ -40,14 +40,12 @@ class CodedState(NamedTuple):
         tables = _tables(self.state, codes.device)
         values = tables.levels.index_select(0, codes.int())
         _scale(values, self.absmax[_blocks(chunk, codes.numel())])
-        return values.square_() if self.state == "exp_avg_sq" else values
+        return values
 
     def encode(self, chunk: slice, values: Tensor) -> None:
         """Store the float32 values of a slice; `values` is overwritten."""
         codes = self.codes[chunk]
         tables = _tables(self.state, codes.device)
-        if self.state == "exp_avg_sq":
-            values.sqrt_()
         full = values.numel() - values.numel() % BLOCK_SIZE
         largest = [values[:full].view(-1, BLOCK_SIZE).abs().amax(dim=1)]
         if full < values.numel():

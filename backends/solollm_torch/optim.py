@@ -21,6 +21,7 @@ from solollm.config import OptimizerTable
 from solollm.errors import IntegrityError
 from solollm.optim_codec import State, codebook, is_quantized, num_blocks
 from solollm_torch.codec import CodedState
+from solollm_torch.state import TAGS, from_host
 
 CHUNK_ELEMENTS = 1 << 19  # of a decoded 8-bit state: whole blocks, and it fits the cache
 MUON_BATCH_ELEMENTS = 1 << 22  # matrices orthogonalised at once: bounds the scratch memory
@@ -90,22 +91,18 @@ class Optimizer:
 
     def specs(self) -> list[tuple[str, DType, tuple[int, ...]]]:
         """Name, dtype and shape of every state, in table order."""
-        tags: dict[torch.dtype, DType] = {torch.float32: "F32", torch.uint8: "U8"}
-        return [(name, tags[t.dtype], tuple(t.shape)) for name, t in self._states.items()]
+        return [(name, TAGS[t.dtype], tuple(t.shape)) for name, t in self._states.items()]
 
     def export(self, state_name: str) -> Tensor:
         """The state itself, not a copy: valid until the next `step`."""
         return self._states[state_name]
-
-    def clone_state(self) -> dict[str, Tensor]:
-        """Copies of all states by name, for a snapshot that outlives the next step."""
-        return {name: tensor.clone() for name, tensor in self._states.items()}
 
     def load(self, source: TensorSource) -> None:
         """Take every state from `source`.
 
         Raises:
             IntegrityError: names what is missing, unexpected, or of another dtype or shape.
+                Nothing is taken when names differ; after a wrong shape the states are a mixture.
         """
         names = set(source.names())
         problems = [f"missing {name}" for name in self._states if name not in names]
@@ -124,10 +121,10 @@ class Optimizer:
         for name, tag, shape in self.specs():
             tensor = source.read(name)
             if (tensor.dtype, tuple(tensor.shape)) != (tag, shape):
-                yield f"{name} is {tensor.dtype} {list(tensor.shape)}, not {tag} {list(shape)}"
-                continue
-            # A copy, because a reader may hand out read-only memory, which torch warns of.
-            self._states[name].copy_(torch.from_numpy(tensor.data.copy()))
+                found = f"{tensor.dtype} {list(tensor.shape)}"
+                yield f"misshapen {name}: {found} instead of {tag} {list(shape)}"
+            else:
+                self._states[name].copy_(from_host(tensor))
 
     def _allocate(self, state: State, spec: ParameterSpec, *, coded: bool) -> None:
         device = self._parameters[spec.name].device
