@@ -74,23 +74,25 @@ def _decompress(file: BinaryIO, compression: str, limits: Limits) -> Iterator[by
     create, failure = _decompressor(compression)
     stream = create()
     consumed = produced = 0
-    while chunk := file.read(_FEED_BYTES[compression]):
-        consumed += len(chunk)
-        while chunk:
-            if stream.eof:  # another member follows, or the zeros that tapes are padded with
-                chunk = chunk.lstrip(b"\0")
-                if not chunk:
-                    break
-                stream = create()
-            try:
-                block = stream.decompress(chunk)
-            except failure as error:
-                raise Unreadable("damaged compression", str(error)) from error
-            chunk = stream.unused_data if stream.eof else b""
-            produced += len(block)
-            _refuse_bomb(consumed, produced, limits)
-            if block:
-                yield block
+    rest = b""
+    while chunk := rest or file.read(_FEED_BYTES[compression]):
+        if not rest:
+            consumed += len(chunk)
+        if stream.eof:  # another member follows, or the zeros that tapes are padded with
+            chunk = chunk.lstrip(b"\0")
+            stream = create() if chunk else stream
+        rest = b""
+        if not chunk:
+            continue
+        try:
+            block = stream.decompress(chunk)
+        except failure as error:
+            raise Unreadable("damaged compression", str(error)) from error
+        rest = stream.unused_data if stream.eof else b""
+        produced += len(block)
+        _refuse_bomb(consumed, produced, limits)
+        if block:
+            yield block
     if not stream.eof:
         raise Unreadable("cut short", f"the {compression} stream does not end")
 

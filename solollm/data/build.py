@@ -21,6 +21,7 @@ from solollm.data.report import QUARANTINE_NAME, REPORT_NAME, CorpusReport, Spli
 from solollm.data.shards import (
     INDEX_NAME,
     SPLITS,
+    TOKENIZER_FOLDER,
     CorpusIndex,
     Split,
     SplitRecord,
@@ -36,9 +37,11 @@ from solollm.errors import ConfigError, DataError
 from solollm.tokenizer import Tokenizer
 from solollm.tokenizer_training import train_tokenizer
 
-TOKENIZER_FOLDER = "tokenizer"
+__all__ = ["CorpusReport", "Progress", "build_corpus", "default_vocab_size"]
+
 _TOKENIZE_BYTES = 2**20
 _SAMPLE_BYTES = 2**28  # text that a tokenizer is trained on: the first documents by digest
+_MAX_EXCESS = 3.0  # of the share asked for
 _QUARANTINE_BYTES = 2**18
 
 
@@ -68,8 +71,8 @@ def build_corpus(
         tokenizer: none: one is trained on the training split and kept in `out/tokenizer`.
         vocab_size: of the tokenizer to train; default: `default_vocab_size` of the text.
         validation_fraction: share of documents held out by the hash of their text, so that
-            adding documents moves none. Where that leaves a split empty, the end of the longest
-            document is held out instead.
+            adding documents moves none. Where that misses the share by far, as with a handful of
+            documents, the end of the longest one is held out instead.
         split_rule: "sha1-mod20" holds out texts whose SHA-1 is 0 modulo 20, whatever the fraction.
         overwrite: replace a corpus that stands at `out`; anything else there is never touched.
 
@@ -89,7 +92,9 @@ def build_corpus(
         )
     check_out(out, names, overwrite=overwrite)
     with swept(out), staged_directory(out) as staging:
-        build = _Build(names, staging, held_out, limits or Limits(), progress)
+        build = _Build(
+            names, staging, held_out=held_out, limits=limits or Limits(), progress=progress
+        )
         return build.run(tokenizer, vocab_size)
 
 
@@ -104,7 +109,7 @@ class _Build:
     """One build, stage by stage, inside its staging folder."""
 
     def __init__(
-        self, sources: list[str], staging: Path, held_out: HeldOut, limits: Limits,
+        self, sources: list[str], staging: Path, *, held_out: HeldOut, limits: Limits,
         progress: Callable[[Progress], None] | None,
     ) -> None:  # fmt: skip
         self._sources, self._staging, self._limits = sources, staging, limits
@@ -189,13 +194,16 @@ class _Build:
         )
 
     def _settle_split(self, survey: Survey) -> None:
+        """With few documents a hash may hold out none, all, or far more text than was asked for."""
         share = self._held_out.share
-        if share == 0 or 0 < survey.validation_documents < survey.documents:
+        found = (survey.text_bytes - survey.train_bytes) / survey.text_bytes
+        most = 1.0 if self._held_out.rule == "sha1-mod20" else min(1.0, _MAX_EXCESS * share)
+        if share == 0 or 0 < found < most:
             return
         self._tail_of, self._tail_chars = survey.longest, max(1, int(survey.text_bytes * share))
         self._notes.append(
-            f"{survey.documents} documents are too few to split by hash: the end of the longest"
-            " one is held out instead"
+            f"a split of {survey.documents} documents by hash would hold out {found:.0%} of the"
+            " text: the end of the longest document is held out instead"
         )
 
     def _texts(self) -> Iterator[tuple[Split, str, Spooled | None]]:

@@ -149,8 +149,11 @@ def _array_elements(texts: Iterator[str], limits: Limits) -> Iterator[Any]:
             raise Unreadable("JSON nested too deep") from error
         except ValueError as error:
             held, at = held[at:], 0
-            more = _at_least(texts, len(held))
-            if not more or len(held) > limits.max_line_bytes:
+            room = limits.max_line_bytes - len(held)
+            if room <= 0:
+                raise Unreadable("JSON element too long", f"over {len(held)} characters") from error
+            more = _at_least(texts, min(len(held), room))
+            if not more:
                 raise Unreadable("not JSON", excerpt(str(error))) from error
             held += more
         else:

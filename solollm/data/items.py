@@ -58,7 +58,7 @@ class Limits:
     """
 
     max_document_chars: int = 2**20
-    max_line_bytes: int = 2**24
+    max_line_bytes: int = 2**23
     max_ratio: float = 200.0
     ratio_after_bytes: int = 2**24
     max_decompressed_bytes: int = 2**38

@@ -47,11 +47,15 @@ def swept(out: Path) -> Iterator[None]:
     try:
         with contextlib.suppress(BlockingIOError):
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            left = re.compile(re.escape(f"{TEMPORARY}{out.name}-") + "[0-9a-f]{8}")
-            for path in out.parent.iterdir():
-                if left.fullmatch(path.name):
-                    remove_tree(path, first=(INDEX_NAME,))
+            _sweep(out)
         fcntl.flock(descriptor, fcntl.LOCK_SH)
         yield
     finally:
         os.close(descriptor)
+
+
+def _sweep(out: Path) -> None:
+    left = re.compile(re.escape(f"{TEMPORARY}{out.name}-") + "[0-9a-f]{8}")
+    for path in out.parent.iterdir():
+        if left.fullmatch(path.name):
+            remove_tree(path, first=(INDEX_NAME,))

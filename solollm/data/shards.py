@@ -34,6 +34,7 @@ Split = Literal["train", "validation"]
 SPLITS: tuple[Split, ...] = get_args(Split)
 INDEX_NAME = "index.json"
 DOCUMENTS_NAME = "documents.bin"
+TOKENIZER_FOLDER = "tokenizer"
 SHARD_TOKENS = 2**29  # 1 GB: a reader keeps every shard open, and macOS allows 256 files
 _OFFSET_DTYPE = np.dtype("<u8")
 _OFFSETS_PER_WRITE = 8192

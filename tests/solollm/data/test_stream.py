@@ -31,7 +31,7 @@ MakeCorpus = Callable[..., Path]
 DOCUMENTS = [list(range(10, 10 + n)) for n in (3, 0, 17, 40, 1, 5)]
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=150, deadline=None)
 @given(
     lengths=st.lists(st.integers(0, 30), min_size=1, max_size=12),
     seq_len=st.integers(1, 20),

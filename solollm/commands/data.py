@@ -1,0 +1,180 @@
+"""`solollm data build|report|inspect`: skins over `build_corpus`, `read_report` and the views."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+import click
+
+from solollm.commands import console, print_json
+
+if TYPE_CHECKING:
+    from solollm.data.build import Progress
+
+_STAGES = {"reading": "Reading", "tokenizer": "Sampling", "encoding": "Encoding"}
+_CORPUS = click.Path(exists=True, file_okay=False, path_type=Path)
+_JSON = click.option("--json", "as_json", is_flag=True, help="Print one JSON document instead.")
+_SPLIT = click.option(
+    "--split", type=click.Choice(["train", "validation"]), default="train", show_default=True
+)
+_BUILD_EXAMPLES = """\b
+Examples:
+  solollm data build notes/ books/*.txt dump.jsonl.zst --out corpora/mine
+  solollm data build hf://roneneldan/TinyStories:train --out corpora/stories
+  solollm data build python://stdlib --out corpora/python --split-rule sha1-mod20
+"""
+
+
+@click.group("data", epilog="\b\nExample:\n  solollm data build notes/ --out corpora/mine")
+def command() -> None:
+    """Build a corpus from files, folders and datasets, and look at one."""
+
+
+@command.command("build", epilog=_BUILD_EXAMPLES)
+@click.argument("sources", nargs=-1, required=True, metavar="SOURCES...")
+@click.option("--out", type=click.Path(path_type=Path), required=True, help="Folder to create.")
+@click.option("--tokenizer", type=_CORPUS, help="Folder of a tokenizer; default: train one.")
+@click.option("--vocab-size", type=int, help="Of the tokenizer to train; default: by text size.")
+@click.option(
+    "--validation-fraction", type=float, default=0.02, show_default=True, help="Share held out."
+)
+@click.option(
+    "--split-rule", type=click.Choice(["hash", "sha1-mod20"]), default="hash", show_default=True,
+    help="sha1-mod20: hold out texts whose SHA-1 is 0 modulo 20.",
+)  # fmt: skip
+@click.option(
+    "--text-field", "text_fields", multiple=True, default=("text", "content"), show_default=True,
+    help="Where records keep their text; the first one found counts.",
+)  # fmt: skip
+@click.option(
+    "--max-document-chars", type=int, default=2**20, show_default=True,
+    help="Longer texts are split.",
+)  # fmt: skip
+@click.option(
+    "--max-ratio", type=float, default=200.0, show_default=True,
+    help="Decompressed bytes per byte of a .gz or .zst file, after the first 16 MiB.",
+)  # fmt: skip
+@click.option("--overwrite", is_flag=True, help="Replace a corpus that stands at --out.")
+@_JSON
+def build(
+    *, sources: tuple[str, ...], out: Path, tokenizer: Path | None, vocab_size: int | None,
+    validation_fraction: float, split_rule: Literal["hash", "sha1-mod20"],
+    text_fields: tuple[str, ...], max_document_chars: int, max_ratio: float, overwrite: bool,
+    as_json: bool,
+) -> None:  # fmt: skip
+    """Read SOURCES, drop duplicates, tokenise, and write a corpus to train on.
+
+    A source is a file (.txt .md .py .jsonl .json .parquet and more, also .gz and .zst), a folder,
+    a dataset of the Hugging Face hub (hf://owner/name[/config][:split]) or python://stdlib. What
+    cannot be read is counted and listed in quarantine.jsonl, and never ends the build.
+    """
+    from solollm.data.build import build_corpus
+    from solollm.data.items import Limits
+    from solollm.data.report import render_report
+    from solollm.tokenizer import Tokenizer
+
+    limits = Limits(
+        max_document_chars=max_document_chars, max_ratio=max_ratio, text_fields=text_fields
+    )
+    with _progress(hidden=as_json) as progress:
+        report = build_corpus(
+            sources, out, tokenizer=Tokenizer.load(tokenizer) if tokenizer else None,
+            vocab_size=vocab_size, validation_fraction=validation_fraction,
+            split_rule=split_rule, limits=limits, overwrite=overwrite, progress=progress,
+        )  # fmt: skip
+    if as_json:
+        print_json({"corpus": str(out), **report.model_dump(mode="json")})
+        return
+    _print(render_report(report))
+    _print(f"\nwritten to {out}; next: solollm pretrain --set data.corpus={out}")
+
+
+@command.command("report", epilog="\b\nExample:\n  solollm data report corpora/mine --verify")
+@click.argument("corpus", type=_CORPUS)
+@click.option("--examples", type=int, default=2, show_default=True, help="Per reason.")
+@click.option("--verify", is_flag=True, help="Also compare every byte with the index.")
+@_JSON
+def report(corpus: Path, examples: int, verify: bool, as_json: bool) -> None:
+    """What the build of CORPUS kept and what it did not, and why."""
+    from solollm.data.report import read_report, render_report
+    from solollm.data.shards import verify_corpus
+
+    found = read_report(corpus)
+    if verify:
+        verify_corpus(corpus)
+    if as_json:
+        print_json({**found.model_dump(mode="json"), "verified": verify})
+        return
+    _print(render_report(found, examples=examples))
+    if verify:
+        _print("\nevery byte matches the index")
+
+
+@command.command(
+    "inspect",
+    epilog="\b\nExamples:\n  solollm data inspect corpora/mine --document 7\n"
+    "  solollm data inspect corpora/mine --batch 0 --seq-len 128 --rows 2",
+)
+@click.argument("corpus", type=_CORPUS)
+@_SPLIT
+@click.option("--document", type=click.IntRange(min=0), default=0, help="First one to show.")
+@click.option("--count", type=click.IntRange(min=1), default=3, show_default=True)
+@click.option("--batch", "step", type=click.IntRange(min=0), help="Show this step's rows instead.")
+@click.option("--seq-len", type=click.IntRange(min=1), default=256, show_default=True)
+@click.option("--rows", type=click.IntRange(min=1), default=2, show_default=True)
+@click.option("--seed", type=int, default=0, show_default=True, help="Of the rows' order.")
+@_JSON
+def inspect(
+    *, corpus: Path, split: Literal["train", "validation"], document: int, count: int,
+    step: int | None, seq_len: int, rows: int, seed: int, as_json: bool,
+) -> None:  # fmt: skip
+    """Show documents of CORPUS, or the rows of a training step with their document borders."""
+    from solollm.data.inspection import view_batch, view_documents
+
+    if step is None:
+        documents = view_documents(corpus, split=split, first=document, count=count)
+        if as_json:
+            print_json([view._asdict() for view in documents])
+            return
+        for view in documents:
+            _print(f"--- document {view.number}: {view.tokens:,} tokens\n{view.text}")
+        return
+    views = view_batch(corpus, step, split=split, seq_len=seq_len, batch_size=rows, seed=seed)
+    if as_json:
+        print_json([view._asdict() for view in views])
+        return
+    for row in views:
+        _print(f"=== step {step}, row {row.row}: {row.targets} targets")
+        _print("\n--- border ---\n".join(row.pieces))
+
+
+def _print(text: str) -> None:
+    """Foreign text, as it is: no markup, no wrapping."""
+    console().print(text, markup=False, emoji=False, soft_wrap=True)
+
+
+@contextmanager
+def _progress(*, hidden: bool) -> Iterator[Callable[[Progress], None] | None]:
+    """A bar on standard error while a build runs; nothing where nobody looks."""
+    if hidden or not sys.stderr.isatty():
+        yield None
+        return
+    from rich import progress as bars
+
+    columns = (
+        bars.TextColumn("{task.description:<9}"), bars.BarColumn(), bars.DownloadColumn(),
+        bars.TransferSpeedColumn(), bars.TimeRemainingColumn(),
+    )  # fmt: skip
+    with bars.Progress(*columns, console=console(stderr=True), transient=True) as display:
+        tasks: dict[str, bars.TaskID] = {}
+
+        def show(state: Progress) -> None:
+            if state.stage not in tasks:
+                tasks[state.stage] = display.add_task(_STAGES[state.stage], total=state.total)
+            display.update(tasks[state.stage], completed=state.done, total=state.total)
+
+        yield show

@@ -1,0 +1,98 @@
+"""`solollm data build|report|inspect`."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner
+
+from solollm.cli import main
+from solollm.commands.data import command
+
+
+@pytest.fixture
+def notes(tmp_path: Path) -> Path:
+    folder = tmp_path / "notes"
+    folder.mkdir()
+    for number in range(40):
+        (folder / f"{number}.md").write_text(f"# Note {number}\n\nSome [bold]words[/bold].\n" * 3)
+    (folder / "bad.md").write_bytes(b"\xff")
+    return folder
+
+
+def _run(*words: str | Path) -> str:
+    result = CliRunner().invoke(command, [str(word) for word in words], catch_exceptions=False)
+    assert result.exit_code == 0, result.output
+    return result.output
+
+
+def test_build_report_and_inspect_tell_the_same_story(notes: Path, tmp_path: Path) -> None:
+    """Guards the commands' wiring from sources to rows, in words and in JSON."""
+    out = tmp_path / "corpus"
+    built = json.loads(_run("build", notes, "--out", out, "--vocab-size", "300", "--json"))
+    assert (built["items"], built["kept"], built["broken"]["not UTF-8"]["count"]) == (41, 40, 1)
+    reported = json.loads(_run("report", out, "--verify", "--json"))
+    assert reported.pop("verified") is True
+    assert built == {"corpus": str(out), **reported}
+    words = _run("report", out, "--verify")
+    assert "41 items in: 40 kept" in words
+    assert "every byte matches" in words
+    documents = json.loads(_run("inspect", out, "--document", "1", "--count", "2", "--json"))
+    assert [view["number"] for view in documents] == [1, 2]
+    assert documents[0]["text"].startswith("# Note")
+    shown = _run("inspect", out, "--batch", "0", "--seq-len", "200", "--rows", "3")
+    assert "=== step 0, row 2" in shown
+    assert "--- border ---\n<|bos|># Note" in shown
+    assert "[bold]words[/bold]" in shown
+    rows = json.loads(_run("inspect", out, "--batch", "0", "--rows", "3", "--json"))
+    assert len(rows) == 3
+    words = _run("build", notes, "--out", out, "--vocab-size", "300", "--overwrite")
+    assert "solollm pretrain --set data.corpus=" in words
+    assert "not UTF-8" in words
+
+
+def test_a_ready_tokenizer_is_used(notes: Path, tmp_path: Path) -> None:
+    """Guards second corpora for the decay stage: the same ids as the first."""
+    _run("build", notes, "--out", tmp_path / "a", "--vocab-size", "300", "--json")
+    ready = tmp_path / "a" / "tokenizer"
+    _run("build", notes, "--out", tmp_path / "b", "--tokenizer", ready, "--json")
+    first, second = (json.loads(_run("report", tmp_path / n, "--json")) for n in "ab")
+    assert first == second
+
+
+def test_exit_codes_are_the_documented_ones(
+    notes: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Guards scripts: 2 for a wrong source, 5 for nothing left, 3 for damage."""
+    assert main(["data", "build", str(tmp_path / "nope"), "--out", str(tmp_path / "c")]) == 2
+    assert "does not exist" in capsys.readouterr().err
+    bad = str(notes / "bad.md")
+    assert main(["data", "build", bad, "--out", str(tmp_path / "c"), "--json"]) == 5
+    assert "not UTF-8" in json.loads(capsys.readouterr().out)["error"]["why"]
+    _run("build", notes, "--out", tmp_path / "c", "--vocab-size", "300")
+    shard = tmp_path / "c" / "train" / "tokens-00000.bin"
+    shard.write_bytes(bytes(shard.stat().st_size))
+    assert main(["data", "report", str(tmp_path / "c"), "--verify"]) == 3
+
+
+@pytest.mark.parametrize("name", ["build", "report", "inspect"])
+def test_each_help_has_an_example(name: str) -> None:
+    """Guards the promise of every --help."""
+    assert f"solollm data {name} " in _run(name, "--help").partition("Example")[2]
+
+
+def test_help_loads_nothing_heavy() -> None:
+    """Guards the command line's speed: --help of the group imports neither NumPy nor pyarrow."""
+    code = (
+        "import sys; from solollm.commands.data import command;"
+        "print(sorted({'numpy', 'pyarrow', 'datasets', 'tokenizers'} & set(sys.modules)))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True, env=os.environ
+    )
+    assert done.stdout.strip() == "[]"
