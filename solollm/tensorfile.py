@@ -257,6 +257,8 @@ def write_tensors(
             digest = hasher.submit(hashlib.sha256, data)
             file.write(data)
             digests[name] = digest.result().hexdigest()
+        if next(stream, None) is not None:
+            raise BackendError(f"{path.name}: more than was promised came after the last tensor")
     return digests
 
 
