@@ -2,8 +2,8 @@
 
     python3 tools/check_sizes.py
 
-Limits: 400 lines a file (600 a test file), 60 lines a function, 3 levels of nesting (`with` opens
-no level), 4 positional parameters (`self` apart; not of tests, whose parameters are fixtures).
+Limits: 400 lines a file (700 a test file), 60 lines a function, 3 levels of nesting (`with` opens
+no level), 4 positional parameters (`self` apart; not of tests and commands, which get theirs by name).
 Where a limit and good sense part, the `def` line, or a file's first line, says `# sizes: why`.
 """
 
@@ -18,7 +18,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 FOLDERS = ("solollm", "backends", "tests", "tools")
 MAX_FILE_LINES = 400
-MAX_TEST_LINES = 600
+MAX_TEST_LINES = 700
 MAX_FUNCTION_LINES = 60
 MAX_NESTING = 3
 MAX_POSITIONAL = 4
@@ -49,9 +49,9 @@ def _judge(function: Function, *, is_test: bool) -> Iterator[str]:
     if depth > MAX_NESTING:
         yield f"nests {depth} deep; at most {MAX_NESTING}"
     names = [argument.arg for argument in (*function.args.posonlyargs, *function.args.args)]
-    if names[:1] in (["self"], ["cls"]):
+    if names[:1] in (["self"], ["cls"], ["ctx"]):  # ctx: autograd functions have no self
         names = names[1:]
-    if len(names) > MAX_POSITIONAL and not is_test:
+    if len(names) > MAX_POSITIONAL and not is_test and not _is_command(function):
         yield f"takes {len(names)} positional parameters; at most {MAX_POSITIONAL}, then `*`"
 
 
@@ -66,6 +66,12 @@ def _depth(node: ast.AST) -> int:
         is_elif = isinstance(node, ast.If) and node.orelse == [child] and isinstance(child, ast.If)
         deepest = max(deepest, _depth(child) - is_elif)
     return own + deepest
+
+
+def _is_command(function: Function) -> bool:
+    """Whether it is a click command, which gets its parameters by name."""
+    called = [d.func for d in function.decorator_list if isinstance(d, ast.Call)]
+    return any(isinstance(d, ast.Attribute) and d.attr == "command" for d in called)
 
 
 def _is_excused(function: Function, lines: list[str]) -> bool:
