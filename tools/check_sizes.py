@@ -3,8 +3,9 @@
     python3 tools/check_sizes.py
 
 Limits: 400 lines a file (700 a test file), 60 lines a function, 3 levels of nesting (`with` opens
-no level), 4 positional parameters (`self` apart; not of tests and commands, which get theirs by name).
-Where a limit and good sense part, the `def` line, or a file's first line, says `# sizes: why`.
+no level), 4 positional parameters (`self` apart; not of tests and commands, whose parameters come
+by name). Where a limit and good sense part, the `def` line, or a file's first line, says
+`# sizes: why`.
 """
 
 from __future__ import annotations
