@@ -23,7 +23,6 @@ from typing import Any
 
 from solollm.errors import IntegrityError
 
-_MEMORY_BYTES = 1 << 30
 _START_SECONDS = 30.0
 _TOO_MUCH_MEMORY = 77  # exit code
 _RSS_UNIT = 1 if sys.platform == "darwin" else 1024
@@ -39,9 +38,14 @@ class Confined:
     It starts with the first request and again after it died; `close` (or a `with` block) ends it.
     """
 
-    def __init__(self, target: str, *, seconds: float) -> None:
-        self._command = [sys.executable, "-P", "-m", "solollm.confined", target, str(seconds)]
-        self._seconds = seconds
+    def __init__(self, target: str, *, seconds: float, memory_bytes: int = 1 << 30) -> None:
+        arguments = f"{target!r}, {seconds!r}, {memory_bytes!r}"
+        program = f"from solollm.confined import main; main({arguments})"
+        self._command = [sys.executable, "-P", "-c", program]
+        self._causes = {
+            -signal.SIGALRM: f"it took longer than {seconds:g} seconds",
+            _TOO_MUCH_MEMORY: f"it took more than {memory_bytes:,} bytes of memory",
+        }
         self._lock = threading.Lock()
         self._child: subprocess.Popen[bytes] | None = None
 
@@ -97,17 +101,9 @@ class Confined:
         self.close()
         raise IntegrityError(
             "a foreign file was stopped in its child process",
-            why=_cause(child.returncode, self._seconds),
+            why=self._causes.get(child.returncode, f"it crashed with code {child.returncode}"),
             fix="use the files of a publisher you trust",
         )
-
-
-def _cause(code: int, seconds: float) -> str:
-    if code == -signal.SIGALRM:
-        return f"it took longer than {seconds:g} seconds"
-    if code == _TOO_MUCH_MEMORY:
-        return f"it took more than {_MEMORY_BYTES:,} bytes of memory"
-    return f"it crashed with code {code}"
 
 
 def _end(child: subprocess.Popen[bytes]) -> None:
@@ -120,7 +116,7 @@ def _end(child: subprocess.Popen[bytes]) -> None:
                 pipe.close()
 
 
-def main(target: str, seconds: float) -> None:
+def main(target: str, seconds: float, memory_bytes: int) -> None:
     """The child: answer the lines on standard input until it closes."""
     signal.signal(signal.SIGALRM, signal.SIG_DFL)
     signal.setitimer(signal.ITIMER_REAL, _START_SECONDS)
@@ -129,33 +125,30 @@ def main(target: str, seconds: float) -> None:
     output = os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)  # whatever the function prints goes nowhere
     with contextlib.suppress(ValueError, OSError):  # macOS has no such limit; the guard serves
-        resource.setrlimit(resource.RLIMIT_AS, (2 * _MEMORY_BYTES, 2 * _MEMORY_BYTES))
-    threading.Thread(target=_guard_memory, daemon=True).start()
+        address_space = memory_bytes + (1 << 30)  # libraries map more than they use
+        resource.setrlimit(resource.RLIMIT_AS, (address_space, address_space))
+    threading.Thread(target=_guard_memory, args=(memory_bytes,), daemon=True).start()
     signal.setitimer(signal.ITIMER_REAL, 0)
     for line in sys.stdin.buffer:
         signal.setitimer(signal.ITIMER_REAL, seconds)
-        reply = _reply(function, json.loads(line))
+        reply = _reply(function, line)
         signal.setitimer(signal.ITIMER_REAL, 0)
-        output.write(json.dumps(reply).encode() + b"\n")
+        output.write(reply.encode() + b"\n")
         output.flush()
 
 
-def _reply(function: Any, request: object) -> dict[str, Any]:
+def _reply(function: Any, line: bytes) -> str:
     try:
-        return {"value": function(request)}
+        return json.dumps({"value": function(json.loads(line))})
     except Refusal as refusal:
-        return {"refusal": str(refusal)}
+        return json.dumps({"refusal": str(refusal)})
     except BaseException as error:  # panics of Rust libraries are no Exceptions
-        return {"failure": f"{type(error).__name__}: {error!s:.500}"}
+        return json.dumps({"failure": f"{type(error).__name__}: {error!s:.500}"})
 
 
-def _guard_memory() -> None:
+def _guard_memory(memory_bytes: int) -> None:
     while True:
         time.sleep(0.01)
         used = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * _RSS_UNIT
-        if used > _MEMORY_BYTES:
+        if used > memory_bytes:
             os._exit(_TOO_MUCH_MEMORY)
-
-
-if __name__ == "__main__":
-    main(sys.argv[1], float(sys.argv[2]))

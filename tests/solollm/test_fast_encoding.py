@@ -1,4 +1,4 @@
-"""The fast encoder and the fast trainer against plain `tokenizers`: the same ids, the same merges."""
+"""The fast encoder and trainer against plain `tokenizers`: the same ids, the same merges."""
 
 from __future__ import annotations
 
@@ -24,9 +24,11 @@ from solollm.tokenizer_training import count_words, learn_merges, train_tokenize
 
 FRAGMENTS = (
     "the", " the", "'s", "'ll", "'LL", "'", " '", "''", "1", "23", " 4", "\u0660", "\u00bd", " ",
-    "  ", "\t", "\n", "\r\n", "\x0b", "\x1c", "\x85", "\xa0", "\u2003", "\u3000", "\u200d", "e\u0301",
-    "\u00e9", "\u4e2d\u6587", "\U0001f642", "\U0001d7d8", "\U00020000", "\U0010ffff", "_", "__x__",
-    "(", ").", "...", "<|end|>", "<|bos|>", "=", "==", "a" * 40, " " * 30, "\n" * 9, "\x00", "\ufeff",
+    "  ", "\t", "\n", "\r\n", "\x0b", "\x1c", "\x85", "\xa0", "\u2003", "\u3000", "\u200d",
+    "e\u0301", "\u00e9", "\u4e2d\u6587", "\U0001f642", "\U0001d7d8", "\U00020000", "\U0010ffff",
+    "_", "__x__",
+    "(", ").", "...", "<|end|>", "<|bos|>", "=", "==", "a" * 40, " " * 30, "\n" * 9, "\x00",
+    "\ufeff",
 )  # fmt: skip
 
 
@@ -74,10 +76,10 @@ def fuzz(count: int, seed: int) -> list[str]:
 def test_every_code_point_is_split_as_the_plain_library_splits_it() -> None:
     """Python's Unicode tables are not the library's (its letters are thousands of code points
     newer than those of Python 3.11, its digits newer than its own letters)."""
-    every = chain(range(0xD800), range(0xE000, 0x110000))
-    text = "".join(f" {chr(code)}" for code in every)
-    ours = list(chain.from_iterable(words_of(text)))
-    assert ours == next(plain_words_of(text))
+    every = [*range(0xD800), *range(0xE000, 0x110000)]
+    for start in range(0, len(every), 2048):  # the library is slower on long texts
+        text = "".join(f" {chr(code)}" for code in every[start : start + 2048])
+        assert list(chain.from_iterable(words_of(text))) == next(plain_words_of(text))
 
 
 def test_fuzzed_strings_have_equal_ids(tokenizer: Tokenizer) -> None:
