@@ -10,13 +10,15 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
 from solollm.backend import HostTensor, TensorSource
 from solollm.strictfile import refused
 from solollm.tensorfile import tensor_digest
+
+Digest = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 
 
 class Continuation(BaseModel):
@@ -37,8 +39,8 @@ class Certificate(BaseModel):
 
     format_version: Literal[1] = 1
     step: int = Field(ge=0)
-    parameters: Mapping[str, str]
-    optimizer: Mapping[str, str]
+    parameters: Mapping[str, Digest]
+    optimizer: Mapping[str, Digest]
     continuation: Continuation | None = None
 
     @property

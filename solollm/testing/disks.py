@@ -19,7 +19,8 @@ EventKind = Literal["create", "write", "sync", "mkdir", "rename", "remove", "mar
 
 
 class CountingDisk(Disk):
-    """Calls `before` ahead of every system call that changes the disk; counts them from 1."""
+    """Calls `before` ahead of every system call that changes the disk; counts them from 1. Flushes
+    are counted and not made: what survives a process needs none, and tests are spared the wait."""
 
     def __init__(self) -> None:
         self.calls = 0
@@ -37,7 +38,6 @@ class CountingDisk(Disk):
 
     def sync(self, fd: int) -> None:
         self._count("sync")
-        super().sync(fd)
 
     def close(self, fd: int) -> None:
         super().close(fd)  # a close that reports an error has closed all the same
