@@ -25,7 +25,7 @@ LAYERS = (
     "tensorheader tensorfile backend sampling tokenizer_format tokenizer fast_encoding"
     " tokenizer_training chat_template",
     "data schedule manifest certificate checkpoint checkpoint_writer runlock runs run_log"
-    " planner registry generation",
+    " planner registry generation tokenizer_inspection",
     "evaluation report held_out completion dialogue",
     "trainer",
     "pretraining horizon starting_weights run_streams",
