@@ -60,11 +60,9 @@ class Walk:
             if without is not None and number < without:
                 continue
             for choice in choices(num_random, number):
-                self.num_states += 1
                 found = self.recovered(model.state(choice))
-                for key in {*found, *promise}:
-                    if found.get(key) not in promise.get(key, {None}):
-                        return f"after {event}: {key} is {found.get(key)}, not in {promise}"
+                if broken := broken_keys(found, promise):
+                    return f"after {event}: {broken} of {found}, promised {promise}"
         return ""
 
     def uncaught_mutants(self) -> list[str]:
@@ -75,6 +73,7 @@ class Walk:
     def recovered(self, tree: Tree) -> Found:
         # What a temporary directory holds is deleted unread: trees that differ there are one.
         tree = frozenset(item for item in tree if not (TEMPORARY.match(item[0])))
+        self.num_states += 1
         if tree not in self._memory:
             folder = self._scratch / "state"
             folder.mkdir()
@@ -88,6 +87,12 @@ class Walk:
             return self._start / path.relative_to(self._root) if path != Path() else path
 
         return event._replace(path=move(event.path), target=move(event.target))
+
+
+def broken_keys(found: Found, promise: Promise) -> list[Hashable]:
+    """What is found other than it may be; nothing may be found that was not spoken of."""
+    keys = {*found, *promise}
+    return [key for key in keys if found.get(key) not in promise.get(key, {None})]
 
 
 @pytest.fixture
@@ -220,7 +225,7 @@ def test_the_model_itself_finds_a_write_without_flush(
     with durable.create_file(tmp_path / "root" / "b") as file:
         file.write(b"12345678")
     steps.disk.rename(tmp_path / "root" / "b", tmp_path / "root" / "a")
-    assert "file is b" in steps.broken_promise()
+    assert "['file'] of {'file': b" in steps.broken_promise()
 
 
 def content_of(path: Path) -> bytes | None:
