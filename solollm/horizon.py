@@ -190,6 +190,6 @@ def session_options(config: RunConfig, backend: Backend) -> SessionOptions:
     )
 
 
-def updated(config: RunConfig, table: str, **values: Any) -> RunConfig:
+def updated(config: RunConfig, table: str, /, **values: Any) -> RunConfig:
     """`config` with some values of one table replaced; they must be valid ones."""
     return config.model_copy(update={table: getattr(config, table).model_copy(update=values)})

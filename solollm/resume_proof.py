@@ -31,19 +31,18 @@ from solollm.run_log import Row
 from solollm.runs import Run
 from solollm.tokenizer import Tokenizer
 
-_START_SECONDS = 300.0  # for a fresh process to import its framework on a busy machine
-_LIFE_SECONDS = 3600.0
+_END_SECONDS = 300.0  # from the last step to the end of the process
 _SAVE_PAUSE_SECONDS = 0.001  # per system call of a save, so that there is a save to be killed in
-_POLL_SECONDS = 0.002
+_MOMENT_SECONDS = 0.05
+_POLL_SECONDS = 0.001
 
 
 class Life(NamedTuple):
-    """One process of the killed run. `seconds` from its first step to the kill; `last_step` the
-    last one that was logged; `in_save` whether a half-written checkpoint was left behind."""
+    """One process of the killed run. `last_step` is the last one that was logged; `in_save`:
+    whether a half-written checkpoint was left behind."""
 
     start_step: int
     last_step: int
-    seconds: float
     in_save: bool
 
 
@@ -87,16 +86,15 @@ def prove_resume(
     """
     nursery = _Nursery(config, start_method)
     straight, killed = folder / "straight", folder / "killed"
-    seconds = nursery.live_out(straight)
+    nursery.live_out(straight)
     chance = random.Random(seed)
     lives: list[Life] = []
-    for number in range(kills):
-        # Each life gets its share of what is left, give or take; odd ones aim at a save.
-        share = seconds / (kills + 1)
-        delay = share * chance.uniform(0.2, 1.4)
-        life = nursery.live_briefly(killed, delay, aim=number % 2 == 1, chance=chance)
-        lives.append(life)
-        on_life(life)
+    for left in range(kills, 0, -1):
+        # Each life gets its share of the steps that are left, give or take; every second one goes
+        # on from there into its next save.
+        share = chance.uniform(0.1, 1.5) / (left + 1)
+        lives.append(nursery.live_briefly(killed, share, aim=left % 2 == 0, chance=chance))
+        on_life(lives[-1])
     nursery.live_out(killed)
     return ResumeProof(
         steps=Run.open(straight).config.train.steps or 0,
@@ -126,7 +124,7 @@ def tiny_config(corpus: Path, vocab_size: int, steps: int) -> RunConfig:
             "model": {"config": model.model_dump()},
             "data": {"corpus": str(corpus), "seq_len": 64},
             "train": {"steps": steps, "batch_size": 6, "micro_batch_size": 4},
-            "checkpoint": {"every_steps": 5, "every_minutes": 0},
+            "checkpoint": {"every_steps": 8, "every_minutes": 0},
             "eval": {"every_steps": 0, "batches": 1},
             "log": {"every_steps": 1},
         }
@@ -142,42 +140,45 @@ class _Nursery:
         if start_method == "forkserver":
             self._context.set_forkserver_preload(["__main__", "solollm.resume_proof", "torch"])
 
-    def live_out(self, run: Path) -> float:
-        """Train to the end; returns the seconds from the first step on."""
-        with self._life(run) as (process, connection):
-            _await_first_step(process, connection)
-            begun = time.monotonic()
-            process.join(_LIFE_SECONDS)
+    def live_out(self, run: Path) -> None:
+        """Train to the end."""
+        with self._life(run) as (process, steps):
+            for _ in steps:
+                pass
+            process.join(_END_SECONDS)
             if process.exitcode != 0:
                 raise _ended_early(process)
-            return time.monotonic() - begun
 
-    def live_briefly(self, run: Path, delay: float, *, aim: bool, chance: random.Random) -> Life:
-        """Train for `delay` seconds, or until the first save after it, then be killed."""
-        with self._life(run) as (process, connection):
-            start_step = _await_first_step(process, connection)
-            begun = time.monotonic()
-            process.join(delay)
+    def live_briefly(self, run: Path, share: float, *, aim: bool, chance: random.Random) -> Life:
+        """Train for a share of the steps that are left, with `aim` also on into the next save, and
+        a moment more; then be killed."""
+        total = int(self._config["train"]["steps"])
+        with self._life(run) as (process, steps):
+            start_step = next(steps, 0)
+            last_step = start_step + max(1, int(share * (total - start_step)))
+            for step in steps:
+                if step >= last_step:
+                    break
             while aim and process.is_alive() and not _half_saved(run):
                 time.sleep(_POLL_SECONDS)
-            if aim:
-                time.sleep(chance.uniform(0, 50 * _SAVE_PAUSE_SECONDS))
+            time.sleep(chance.uniform(0, _MOMENT_SECONDS))
             process.kill()
             process.join()
-            seconds = time.monotonic() - begun
             if process.exitcode != -signal.SIGKILL:
                 raise _ended_early(process)
-        steps = [row["step"] for row in Run.open(run).read_metrics()]
-        return Life(start_step, max(steps, default=0), seconds, _half_saved(run))
+        logged = [row["step"] for row in Run.open(run).read_metrics()]
+        return Life(start_step, max(logged, default=0), _half_saved(run))
 
     @contextmanager
-    def _life(self, run: Path) -> Iterator[tuple[Any, Connection]]:
+    def _life(self, run: Path) -> Iterator[tuple[Any, Iterator[int]]]:
+        """A process that trains `run`, and its steps as they are logged: first the one it starts
+        from. It is dead when this is left."""
         ours, theirs = self._context.Pipe(duplex=False)
         process = self._context.Process(target=_live, args=(str(run), self._config, theirs))
         process.start()
         theirs.close()
         try:
-            yield process, ours
+            yield process, _received(ours)
         finally:
             process.kill()
             process.join()
@@ -200,20 +201,17 @@ class _SlowDisk(durable.Disk):
         super().rename(source, target)
 
 
-class _FirstStep:
-    """A sink that tells the parent when the first step is done, and where the life began."""
+class _StepSink:
+    """Tells the parent the step a life starts from, then each step that it logs."""
 
     def __init__(self, connection: Connection) -> None:
         self._connection = connection
-        self._start_step = 0
 
     def start(self, facts: Row) -> None:
-        self._start_step = facts["start_step"]
+        self._connection.send(facts["start_step"])
 
     def metrics(self, row: Row) -> None:
-        if not self._connection.closed:
-            self._connection.send(self._start_step)
-            self._connection.close()
+        self._connection.send(row["step"])
 
     def evaluation(self, row: Row) -> None: ...
     def sample(self, row: Row) -> None: ...
@@ -224,20 +222,20 @@ class _FirstStep:
 def _live(run: str, config: dict[str, Any], connection: Connection) -> None:
     """The body of a child: begin the run, or go on with it."""
     durable.DISK = _SlowDisk()
-    path, sinks = Path(run), [_FirstStep(connection)]
+    path, sinks = Path(run), [_StepSink(connection)]
     if (path / "run.toml").exists():
         resume(path, sinks=sinks)
     else:
         pretrain(parse_config(config), path, sinks=sinks)
 
 
-def _await_first_step(process: Any, connection: Connection) -> int:
-    try:
-        if connection.poll(_START_SECONDS):
-            return int(connection.recv())
-    except EOFError:
-        process.join()
-    raise _ended_early(process)
+def _received(connection: Connection) -> Iterator[int]:
+    """Numbers until the sender has ended."""
+    while True:
+        try:
+            yield int(connection.recv())
+        except EOFError:
+            return
 
 
 def _ended_early(process: Any) -> BackendError:

@@ -97,8 +97,7 @@ def _training(place: Path, kills: int, steps: int | None, path: Path | None) -> 
 def _show_life(life: Life) -> None:
     where = "in a save" if life.in_save else "between saves"
     console().print(
-        f"  from step {life.start_step:>5}, killed after {life.seconds:5.2f} s at step"
-        f" {life.last_step:>5}, {where}",
+        f"  from step {life.start_step:>5}, killed after step {life.last_step:>5}, {where}",
         markup=False,
     )
 
