@@ -1,0 +1,71 @@
+"""What a backend is, as checks that anybody's backend can run.
+
+    import pytest
+    from solollm.testing.conformance import cases
+
+    @pytest.mark.parametrize("case", cases(MyBackend()), ids=str)
+    def test_conformance(case):
+        case.run()
+
+A case is one check of one variant: tied and untied heads, every optimizer and state width that
+`capabilities` names. Its check's docstring says which bug it guards. A failed case raises
+AssertionError with the values. Nothing here needs pytest or a framework; a whole run takes seconds
+on a CPU. The checks themselves are in `conformance_training` (loss, gradients, updates),
+`conformance_state` (what crosses and comes back) and `conformance_engine` (generation).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+from solollm.architecture import ModelConfig
+from solollm.backend import Backend
+from solollm.config import OptimizerTable
+from solollm.testing import conformance_engine, conformance_state, conformance_training
+from solollm.testing.bench import TIED, UNTIED, Bench
+
+Check = Callable[[Bench], None]
+
+
+@dataclass(frozen=True)
+class Case:
+    """One check of one variant of one backend."""
+
+    check: Check
+    bench: Bench
+
+    def __str__(self) -> str:
+        return f"{self.check.__name__}[{self.bench}]"
+
+    def run(self) -> None:
+        """Raises AssertionError, or whatever the backend raised, if the check fails."""
+        self.check(self.bench)
+
+
+def cases(
+    backend: Backend, *, backend_options: Mapping[str, bool | int | float | str] | None = None
+) -> list[Case]:
+    """Every case of a backend. `backend_options` go into each session (such as `compile`).
+
+    What concerns the model is checked with both heads, what concerns optimizer state with every
+    optimizer.
+    """
+    capabilities = backend.capabilities()
+    variants = [(n, b) for n in capabilities.optimizers for b in capabilities.state_bits]
+    options = dict(backend_options or {})
+
+    def bench(model: ModelConfig, variant: tuple[str, int]) -> Bench:
+        name, bits = variant
+        table = OptimizerTable.model_validate(
+            {"name": name, "state_bits": bits, "momentum_warmup_steps": 4}
+        )
+        return Bench(backend, model, table, options)
+
+    of_model = (*conformance_training.MODEL_CHECKS, *conformance_engine.CHECKS)
+    of_state = (*conformance_training.OPTIMIZER_CHECKS, *conformance_state.CHECKS)
+    result = [Case(c, bench(model, variants[0])) for model in (TIED, UNTIED) for c in of_model]
+    for index, variant in enumerate(variants):
+        model = (UNTIED, TIED)[index % 2]
+        result += [Case(check, bench(model, variant)) for check in of_state]
+    return result
