@@ -45,8 +45,8 @@ class Targets(NamedTuple):
 
 
 def chunk_rows(vocab_size: int, device: torch.device) -> int:
-    """Positions per chunk: fp32 logits of 16 MiB on the CPU (its cache), of 256 MiB elsewhere."""
-    budget = 2**24 if device.type == "cpu" else 2**28
+    """Positions per chunk: fp32 logits of 8 MiB on the CPU (its cache), of 256 MiB elsewhere."""
+    budget = 2**23 if device.type == "cpu" else 2**28
     return max(64, budget // (4 * vocab_size) // 64 * 64)
 
 
@@ -81,8 +81,7 @@ def loss_and_gradient(
         # d nll / d logits = probabilities - onehot(label); the scale goes onto the smaller matrix.
         probabilities.scatter_add_(1, labels, probabilities.new_full(labels.shape, -1.0))
         grad_logits = probabilities.to(hidden.dtype)  # [n, V]
-        torch.mm(grad_logits, weight, out=grad_rows[part])
-        grad_rows[part].mul_(scale)
+        torch.mul(product(grad_logits, weight.t()), scale, out=grad_rows[part])
         if head.requires_grad:
             add_outer(head, grad_logits, (chunk * scale).to(hidden.dtype))
     grad = grad_rows
