@@ -122,7 +122,7 @@ def counter_key(seed: int, step: int, name: str) -> tuple[int, int]:
     return int.from_bytes(digest[:4], "little"), int.from_bytes(digest[4:], "little")
 
 
-def counter_bits(seed: int, step: int, name: str, count: int, offset: int = 0) -> np.ndarray:
+def counter_bits(seed: int, step: int, name: str, count: int, *, offset: int = 0) -> np.ndarray:
     """uint32 [count]: the random bits of elements offset, offset + 1, ... of a stream.
 
     bits(i) = mix(mix(i xor key0) xor key1), i modulo 2^32, with `mix` of 32-bit xor, shift and
@@ -135,9 +135,9 @@ def counter_bits(seed: int, step: int, name: str, count: int, offset: int = 0) -
     return _mix(_mix(index ^ np.uint32(key0)) ^ np.uint32(key1))
 
 
-def counter_uniform(seed: int, step: int, name: str, count: int, offset: int = 0) -> np.ndarray:
+def counter_uniform(seed: int, step: int, name: str, count: int, *, offset: int = 0) -> np.ndarray:
     """float32 [count] in [0, 1): the upper 24 bits of `counter_bits`, exact in float32."""
-    bits = counter_bits(seed, step, name, count, offset)
+    bits = counter_bits(seed, step, name, count, offset=offset)
     return (bits >> np.uint32(8)).astype(np.float32) * np.float32(2**-24)
 
 
