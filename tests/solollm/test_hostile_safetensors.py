@@ -123,6 +123,10 @@ CATALOGUE: dict[str, tuple[bytes, str]] = {
         file_of({str(n): one([2**18], [0, 2**20])["a"] for n in range(20_000)}, bytes(2**20)),
         "overlaps",
     ),
+    "S24 100,003 tensors": (
+        file_of({str(n): one([0], [0, 0], "U8")["a"] for n in range(100_003)}),
+        "100,004 tensors, over 100,000",
+    ),
     "S25 100,000 dims": (file_of(one([1] * 100_000, [0, 4]), bytes(4)), "at most 16"),
     "S25 17 dims": (file_of(one([1] * 17, [0, 4]), bytes(4)), "at most 16"),
     "S26 BOM": (file_of(b"\xef\xbb\xbf{}"), "begin with"),
