@@ -208,6 +208,8 @@ def _product(weight: Tensor, dtype: torch.dtype, pack: bool) -> Product:
     """x -> x weight^T."""
     weight = weight.detach().to(dtype)
     if not pack or weight.numel() < _PACKED_FROM:
+        if weight.device.type == "cpu" and dtype == torch.float32:
+            return lambda x: _few_rows(x, weight)
         return lambda x: functional.linear(x, weight)
     # What torch.compile's frozen CPU graphs call; eager torch has no public name for it.
     packed = torch.ops.mkldnn._reorder_linear_weight(weight, 64)
@@ -218,6 +220,13 @@ def _product(weight: Tensor, dtype: torch.dtype, pack: bool) -> Product:
         return out
 
     return product
+
+
+def _few_rows(x: Tensor, weight: Tensor) -> Tensor:
+    """x weight^T; for 2 to 8 rows MKL is up to three times faster on the transposed product."""
+    if 1 < len(x) <= 8:
+        return torch.mm(weight, x.t()).t().contiguous()
+    return functional.linear(x, weight)
 
 
 def _rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:

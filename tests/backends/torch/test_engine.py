@@ -304,6 +304,8 @@ def test_cancelling(decoder: Decoder) -> None:
     assert all(event.token == -1 for event in ended.values())
     assert tuple(e.token for e in events if e.request_id == kept) == expected
     assert running.step() == []
+    again = [running.add(Request([1, token], 1)) for token in (2, 3)]
+    assert sorted(event.request_id for event in running.step()) == again, "a slot was lost"
 
 
 def test_a_failing_logits_processor_leaves_the_decoder_whole(decoder: Decoder) -> None:
