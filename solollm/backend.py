@@ -8,6 +8,8 @@ executable definition of this page; `solollm.testing.toy` is the smallest backen
 Shapes: B rows of the global batch, T positions, V vocabulary.
 """
 
+# sizes: one page holds the whole seam, so that a backend can be written from it alone
+
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
@@ -377,6 +379,17 @@ class Engine(ABC):
         """Release the weights."""
 
 
+class Peer(ABC):
+    """Another training stack on the same framework, for `solollm bench train` alone."""
+
+    @abstractmethod
+    def step(self, batch: Batch, lr: float) -> float:
+        """One optimizer step; gives the loss before it, in nats per token."""
+
+    @abstractmethod
+    def close(self) -> None: ...
+
+
 class Backend(ABC):
     """One per entry point of the group `solollm.backends`. Constructing it imports no framework;
     its methods may."""
@@ -404,3 +417,16 @@ class Backend(ABC):
 
     @abstractmethod
     def engine(self, checkpoint: Path, options: EngineOptions) -> Engine: ...
+
+    def peers(self) -> Sequence[str]:
+        """Names of other installed training stacks that `peer` can bring to the same step."""
+        return ()
+
+    def peer(self, name: str, model: ModelConfig, table: OptimizerTable, seed: int) -> Peer:
+        """One of them, over the core's initial weights of `seed`."""
+        raise BackendError(f"the {self.name} backend has no peer {name!r} here")
+
+    def gemm_flops_per_cpu_second(self, model: ModelConfig, num_tokens: int) -> float:
+        """The fp32 matrix-multiply rate of this process now, per second of processor time, at the
+        shape of the model's largest layer; 0 where it is not measured."""
+        return 0.0

@@ -29,7 +29,7 @@ LAYERS = (
     "evaluation report held_out completion dialogue",
     "trainer",
     "pretraining horizon starting_weights run_streams",
-    "testing resume_proof quickstart doctor",
+    "testing resume_proof quickstart doctor benchmark",
     "commands",
     "cli",
     "__main__",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import platform
+from collections.abc import Sequence
 from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
@@ -16,10 +17,12 @@ from solollm.backend import (
     Engine,
     EngineOptions,
     MemoryCosts,
+    Peer,
     Plan,
     Probe,
     SessionOptions,
 )
+from solollm.config import OptimizerTable
 from solollm.errors import BackendError
 
 if TYPE_CHECKING:
@@ -78,6 +81,21 @@ class TorchBackend(Backend):
 
         _check_version()
         return TorchSession(model, options, plan, _device())
+
+    def peers(self) -> Sequence[str]:
+        from solollm_torch.peers import installed_peers
+
+        return installed_peers()
+
+    def peer(self, name: str, model: ModelConfig, table: OptimizerTable, seed: int) -> Peer:
+        from solollm_torch.peers import make_peer
+
+        return make_peer(name, model, table, seed)
+
+    def gemm_flops_per_cpu_second(self, model: ModelConfig, num_tokens: int) -> float:
+        from solollm_torch.peers import gemm_flops_per_cpu_second
+
+        return gemm_flops_per_cpu_second(model, num_tokens)
 
     def engine(self, checkpoint: Path, options: EngineOptions) -> Engine:
         from solollm_torch.engine import TorchEngine
