@@ -82,8 +82,8 @@ def _litgpt_model(model: ModelConfig, seed: int) -> nn.Module:
     if model.tie_word_embeddings:
         module.lm_head.weight = module.transformer.wte.weight
     module.load_state_dict(dict(_litgpt_weights(model, seed)), strict=False)
-    module.train()
-    return module
+    trained: nn.Module = module.train()
+    return trained
 
 
 def _litgpt_weights(model: ModelConfig, seed: int) -> Iterator[tuple[str, Tensor]]:
