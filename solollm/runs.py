@@ -143,7 +143,8 @@ class Run:
 
 
 class RunSummary(NamedTuple):
-    """A run at a glance. `step` and `last_loss` (nats/token) are the last logged."""
+    """A run at a glance. `step` and `last_loss` (training, nats/token) are the last
+    logged."""
 
     name: str
     path: Path
@@ -170,7 +171,7 @@ def summarize(path: Path) -> RunSummary:
     for row in _read_rows(path / "metrics.jsonl", _TAIL_BYTES)[0]:
         if isinstance(row.get("step"), int):
             step = max(step, row["step"])
-        if isinstance(row.get("loss"), float):
+        if row.get("kind") != "eval" and isinstance(row.get("loss"), float):
             loss = row["loss"]
     total, holder = run.config.train.steps, read_holder(path / "lock")
     state: RunState = "stopped" if step else "new"

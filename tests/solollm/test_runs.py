@@ -190,9 +190,10 @@ def test_taking_the_lock_tidies_what_a_crash_left(run: Run) -> None:
 
 
 def test_list_runs_sums_up_each_run(run: Run, tmp_path: Path) -> None:
-    """Guards: one damaged run that hides all others."""
+    """Guards: one damaged run that hides all others; the held-out loss shown as training's."""
     run.append_metrics({"step": 99, "loss": 2.0})
-    run.append_metrics({"step": 100, "loss": 1.5})
+    run.append_metrics({"kind": "train", "step": 100, "loss": 1.5})
+    run.append_metrics({"kind": "eval", "step": 100, "loss": 9.5})
     (tmp_path / "b").mkdir()
     (tmp_path / "b" / "run.toml").write_text("not toml [")
     (tmp_path / "no_run").mkdir()
