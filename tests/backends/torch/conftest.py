@@ -8,11 +8,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from solollm_torch.session import TorchSession
 
 from solollm.architecture import ModelConfig
 from solollm.backend import Batch, Plan, SessionOptions
 from solollm.config import OptimizerTable
-from solollm_torch.session import TorchSession
 
 MakeSession = Callable[..., TorchSession]
 

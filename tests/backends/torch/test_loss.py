@@ -5,10 +5,9 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from torch.nn import functional
-
 from solollm_torch import loss as loss_module
 from solollm_torch.loss import Targets, chunk_rows, loss_and_gradient, token_nll
+from torch.nn import functional
 
 CPU = torch.device("cpu")
 ROWS, LENGTH, HIDDEN, VOCAB = 5, 33, 24, 301

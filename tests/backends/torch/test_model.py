@@ -7,11 +7,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from solollm_torch.attention import Segments
+from solollm_torch.model import Decoder
 from torch.nn import functional
 
 from solollm.architecture import ModelConfig, RopeScaling, parameter_table
-from solollm_torch.attention import Segments
-from solollm_torch.model import Decoder
 
 VARIANTS: dict[str, dict[str, Any]] = {
     "grouped-untied": {},
