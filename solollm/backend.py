@@ -1,3 +1,4 @@
+# sizes: one page holds the whole seam, so that a backend can be written from it alone
 """THE SEAM: what crosses between the core and a backend, and nothing else does.
 
 It is one optimizer step wide. NumPy goes in, a handle to a few floats comes out. The core owns
@@ -7,8 +8,6 @@ executable definition of this page; `solollm.testing.toy` is the smallest backen
 
 Shapes: B rows of the global batch, T positions, V vocabulary.
 """
-
-# sizes: one page holds the whole seam, so that a backend can be written from it alone
 
 from __future__ import annotations
 
