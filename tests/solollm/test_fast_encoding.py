@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
-import random
 import subprocess
 import sys
 import sysconfig
 import unicodedata
 from itertools import chain
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -18,18 +19,26 @@ import pytest
 
 from solollm import fast_encoding, tokenizer_training
 from solollm.fast_encoding import FastEncoder, is_faithful, plain_words_of, words_of
-from solollm.tokenizer import TOKENIZER, Tokenizer
-from solollm.tokenizer_format import byte_alphabet, fixed_pre_tokenizer
+from solollm.tokenizer import Tokenizer
 from solollm.tokenizer_training import count_words, learn_merges, train_tokenizer
 
-FRAGMENTS = (
-    "the", " the", "'s", "'ll", "'LL", "'", " '", "''", "1", "23", " 4", "\u0660", "\u00bd", " ",
-    "  ", "\t", "\n", "\r\n", "\x0b", "\x1c", "\x85", "\xa0", "\u2003", "\u3000", "\u200d",
-    "e\u0301", "\u00e9", "\u4e2d\u6587", "\U0001f642", "\U0001d7d8", "\U00020000", "\U0010ffff",
-    "_", "__x__",
-    "(", ").", "...", "<|end|>", "<|bos|>", "=", "==", "a" * 40, " " * 30, "\n" * 9, "\x00",
-    "\ufeff",
-)  # fmt: skip
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def load_bench() -> ModuleType:
+    """tools/bench_tokenizer.py, which has the plain side of every comparison."""
+    spec = importlib.util.spec_from_file_location("bench", ROOT / "tools" / "bench_tokenizer.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    with pytest.MonkeyPatch.context() as patch:  # it sets the number of threads
+        patch.setenv("RAYON_NUM_THREADS", "1")
+        patch.setenv("TOKENIZERS_PARALLELISM", "false")
+        spec.loader.exec_module(module)
+    return module
+
+
+bench = load_bench()
 
 
 def stdlib_texts(limit: int) -> list[str]:
@@ -48,31 +57,6 @@ def tokenizer() -> Tokenizer:
     return train_tokenizer(stdlib_texts(300_000) + other, 2048)
 
 
-def plain_of(tokenizer: Tokenizer) -> Any:
-    """The file as `tokenizers` itself loads it, with special tokens read as text."""
-    from tokenizers import Tokenizer as PlainTokenizer
-
-    plain = PlainTokenizer.from_str(tokenizer.files()[TOKENIZER].decode())
-    plain.encode_special_tokens = True
-    return plain
-
-
-def fuzz(count: int, seed: int) -> list[str]:
-    """Strings from fragments that meet at every kind of border, and from any code point."""
-    source = random.Random(seed)
-
-    def character() -> str:
-        code = source.choice((0x80, 0x800, 0x3100, 0x10000, 0x20000, 0x110000))
-        code = source.randrange(code)
-        return chr(code) if not 0xD800 <= code < 0xE000 else " "
-
-    def text() -> str:
-        pieces = source.choices(FRAGMENTS, k=source.randrange(1, 12))
-        return "".join(piece + character() * source.randrange(2) for piece in pieces)
-
-    return [text() for _ in range(count)]
-
-
 def test_every_code_point_is_split_as_the_plain_library_splits_it() -> None:
     """All of planes 0 to 3, and every 61st above, where nothing but private use is assigned.
     Python's Unicode tables are not the library's (its letters are thousands of code points
@@ -85,9 +69,12 @@ def test_every_code_point_is_split_as_the_plain_library_splits_it() -> None:
 
 def test_fuzzed_strings_have_equal_ids(tokenizer: Tokenizer) -> None:
     """10,000 strings whose spaces, digits, quotes and marks meet in every order."""
-    texts = fuzz(10_000, seed=1)
-    plain = [e.ids for e in plain_of(tokenizer).encode_batch(texts, add_special_tokens=False)]
-    fast = FastEncoder(plain_of(tokenizer))
+    texts = bench.fuzz_texts(10_000, seed=1)
+    plain = [
+        e.ids
+        for e in bench.plain_tokenizer(tokenizer).encode_batch(texts, add_special_tokens=False)
+    ]
+    fast = FastEncoder(bench.plain_tokenizer(tokenizer))
     assert [fast.encode(text).tolist() for text in texts] == plain
 
 
@@ -105,8 +92,8 @@ def test_every_pair_of_character_categories_splits_alike() -> None:
 def test_real_text_has_equal_ids(tokenizer: Tokenizer) -> None:
     """The standard library's source; `tools/bench_tokenizer.py` does it for 10^7 tokens."""
     texts = stdlib_texts(1_500_000)
-    plain = plain_of(tokenizer).encode_batch(texts, add_special_tokens=False)
-    fast = FastEncoder(plain_of(tokenizer))
+    plain = bench.plain_tokenizer(tokenizer).encode_batch(texts, add_special_tokens=False)
+    fast = FastEncoder(bench.plain_tokenizer(tokenizer))
     for text, encoding in zip(texts, plain, strict=True):
         np.testing.assert_array_equal(fast.encode(text), encoding.ids)
 
@@ -116,9 +103,12 @@ def test_a_text_cut_into_chunks_has_equal_ids(
 ) -> None:
     """A cut inside a word, a run of spaces or before a digit would change tokens."""
     monkeypatch.setattr(fast_encoding, "_CHUNK_CHARS", 3)
-    texts = fuzz(300, seed=2)
-    plain = [e.ids for e in plain_of(tokenizer).encode_batch(texts, add_special_tokens=False)]
-    fast = FastEncoder(plain_of(tokenizer))
+    texts = bench.fuzz_texts(300, seed=2)
+    plain = [
+        e.ids
+        for e in bench.plain_tokenizer(tokenizer).encode_batch(texts, add_special_tokens=False)
+    ]
+    fast = FastEncoder(bench.plain_tokenizer(tokenizer))
     assert [fast.encode(text).tolist() for text in texts] == plain
     assert len(list(words_of("a b c d e f g"))) > 1
 
@@ -129,8 +119,8 @@ def test_forgetting_words_changes_nothing(
     """The memory of words is bounded; clearing it in the middle of a text must not show."""
     monkeypatch.setattr(fast_encoding, "_MAX_WORDS", 5)
     text = stdlib_texts(10_000)[0]
-    fast = FastEncoder(plain_of(tokenizer))
-    assert fast.encode(text).tolist() == plain_of(tokenizer).encode(text).ids
+    fast = FastEncoder(bench.plain_tokenizer(tokenizer))
+    assert fast.encode(text).tolist() == bench.plain_tokenizer(tokenizer).encode(text).ids
     assert len(fast._words) <= 5
 
 
@@ -170,21 +160,6 @@ def test_ids_do_not_change_when_the_fast_encoder_takes_over(tokenizer: Tokenizer
     np.testing.assert_array_equal(fresh.encode_batch(texts[:1])[0], before)
 
 
-def plain_merges(texts: list[str], num_merges: int) -> list[tuple[str, str]]:
-    """The merges that the trainer of `tokenizers` learns."""
-    from tokenizers import Tokenizer as PlainTokenizer
-    from tokenizers import models, trainers
-
-    plain = PlainTokenizer(models.BPE())
-    plain.pre_tokenizer = fixed_pre_tokenizer()
-    trainer = trainers.BpeTrainer(
-        vocab_size=256 + num_merges, initial_alphabet=list(byte_alphabet()), show_progress=False
-    )
-    plain.train_from_iterator(texts, trainer)
-    merges = json.loads(plain.to_str())["model"]["merges"]
-    return [(left, right) for left, right in merges]
-
-
 @pytest.mark.parametrize("many", [0, 64, 1 << 60])
 def test_training_learns_the_merges_of_the_plain_trainer(
     many: int, monkeypatch: pytest.MonkeyPatch
@@ -193,14 +168,14 @@ def test_training_learns_the_merges_of_the_plain_trainer(
     Both ways to merge, by arrays and one by one, must agree with the plain trainer."""
     monkeypatch.setattr(tokenizer_training, "_MANY_PLACES", many)
     runs = ["a" * n + " " + "ab" * n + " " + "aab" * n + "\u00e9" * n for n in range(1, 30)]
-    texts = stdlib_texts(150_000) + runs + fuzz(300, seed=3)
-    assert learn_merges(count_words(texts), 2500) == plain_merges(texts, 2500)
+    texts = stdlib_texts(150_000) + runs + bench.fuzz_texts(300, seed=3)
+    assert learn_merges(count_words(texts), 2500) == bench.plain_merges(texts, 2500)
 
 
 def test_training_ends_when_no_pair_is_left() -> None:
     """A vocabulary larger than the text can fill is simply smaller."""
     texts = ["abab abab", ""]
-    assert learn_merges(count_words(texts), 500) == plain_merges(texts, 500)
+    assert learn_merges(count_words(texts), 500) == bench.plain_merges(texts, 500)
     assert learn_merges(count_words([]), 500) == []
 
 
