@@ -89,13 +89,11 @@ class TorchDecoder(Decoder):
 
     def cancel(self, request_id: int) -> None:
         for queue in (self._waiting, self._reading, self._running):
-            for sequence in queue:
-                if sequence.id == request_id:
-                    queue.remove(sequence)
-                    if sequence.slot >= 0:
-                        self._table.release(sequence.slot)
-                    self._ended.append(TokenEvent(request_id, -1, 0.0, "cancelled"))
-                    return
+            for sequence in [s for s in queue if s.id == request_id]:
+                queue.remove(sequence)
+                if sequence.slot >= 0:
+                    self._table.release(sequence.slot)
+                self._ended.append(TokenEvent(request_id, -1, 0.0, "cancelled"))
 
     @torch.inference_mode()
     def step(self) -> list[TokenEvent]:

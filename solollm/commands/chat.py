@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from solollm.commands import console
-from solollm.commands.generate import read_sampling, sampling_options
+from solollm.commands.generate import read_sampling, sampling_options, show
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -86,15 +86,13 @@ def _show_answer(session: ChatSession, line: str, notices: Console) -> None:
         answer = session.ask(line)
         with _stop_on_interrupt() as is_stopped, closing(answer):
             for piece in answer:
-                sys.stdout.write(piece)
-                sys.stdout.flush()
+                show(piece)
                 if is_stopped():
                     break
     except ConfigError as error:  # this turn cannot be asked; the conversation goes on
         notices.print(str(error), markup=False, soft_wrap=True)
         return
-    sys.stdout.write("\n")
-    sys.stdout.flush()
+    show("\n")
 
 
 def _obey(session: ChatSession, line: str) -> str:

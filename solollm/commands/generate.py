@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from solollm.backend import SamplingParams
 
 _Function = TypeVar("_Function", bound=Callable[..., Any])
+_C1 = {chr(code) for code in range(0x7F, 0xA0)}  # DEL and the second block of controls
 _EPILOG = """\b
 Examples:
   solollm generate runs/first "def main("
@@ -79,10 +80,10 @@ def command(model: Path, prompt: str, as_json: bool, **values: Any) -> None:
         opened, prompt, max_new_tokens=values["max_new_tokens"], sampling=sampling
     )  # fmt: skip
     if not as_json:
-        _print(prompt)
+        show(prompt)
         for text, _ in pieces:
-            _print(text)
-        _print("\n")
+            show(text)
+        show("\n")
         return
     parts = list(pieces)
     tokens = completion(event for _, event in parts)
@@ -100,6 +101,10 @@ def command(model: Path, prompt: str, as_json: bool, **values: Any) -> None:
     )
 
 
-def _print(text: str) -> None:
+def show(text: str) -> None:
+    """Write generated text at once. A terminal gets no control characters but line ends and tabs:
+    a model may produce any byte, and some of them would repaint the screen."""
+    if sys.stdout.isatty():
+        text = "".join(c if c >= " " and c not in _C1 or c in "\n\t" else "\ufffd" for c in text)
     sys.stdout.write(text)
     sys.stdout.flush()

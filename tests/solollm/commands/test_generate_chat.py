@@ -16,6 +16,7 @@ from solollm.backend import DType, HostTensor, SamplingParams, Snapshot
 from solollm.checkpoint import DataPosition, Environment, TrainerState, save_checkpoint
 from solollm.cli import main
 from solollm.commands.chat import _stop_on_interrupt
+from solollm.commands.generate import show
 from solollm.completion import TextModel, generate_text, open_model
 from solollm.dialogue import ChatSession
 from solollm.errors import ConfigError
@@ -184,6 +185,16 @@ def test_a_tuned_model_is_asked_in_its_template(chat_folder, monkeypatch, capsys
     assert out == "".join(session.ask("hello")) + "\n"
     run_chat(monkeypatch, "", str(chat_folder), "--completion")
     assert "completion was asked for" in capsys.readouterr().err
+
+
+def test_a_terminal_is_not_repainted_by_a_model(monkeypatch) -> None:
+    """Guards escape sequences in generated text; a pipe gets every byte."""
+    for is_terminal, expected in ((True, "a\ufffd[2J\n\té\ufffd"), (False, "a\x1b[2J\n\té\x9b")):
+        out = io.StringIO()
+        monkeypatch.setattr(out, "isatty", lambda is_terminal=is_terminal: is_terminal)
+        monkeypatch.setattr("sys.stdout", out)
+        show("a\x1b[2J\n\té\x9b")
+        assert out.getvalue() == expected
 
 
 def test_slash_commands(chat_folder, monkeypatch, capsys) -> None:
