@@ -33,8 +33,6 @@ _PURPOSES = {
     "zstandard": "read .zst sources",
     "pyarrow": "read .parquet sources",
     "datasets": "read datasets by id",
-    "tiktoken": "encode corpora faster",
-    "rustbpe": "train tokenizers faster",
     "tensorboardX": "log.sinks tensorboard",
     "trackio": "log.sinks trackio",
     "wandb": "log.sinks wandb, offline",
