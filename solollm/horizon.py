@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from solollm.architecture import ModelConfig
-from solollm.backend import Backend, Batch, SessionOptions
+from solollm.backend import Backend, Batch, Plan, SessionOptions
 from solollm.config import ModelTable, RunConfig
 from solollm.dial import from_depth, horizon, preset
 from solollm.errors import ConfigError, PlanError
@@ -140,20 +140,17 @@ def deepest_shape(
         table = config.model.model_copy(update={"depth": depth})
         return resolve_shape(config, resolve_model(table, vocab_size))
 
-    depth, limit = DEFAULT_DEPTH, _LARGEST_DEPTH
+    depth = DEFAULT_DEPTH
     for _ in range(2):
-        try:
-            seconds = seconds_per_step(at(depth), config, backend, sample_batch)
-        except PlanError:
-            depth = limit = max(1, depth // 2)
-            continue
-        speed = at(depth).flops_per_step / seconds
-        affordable = [
-            d
-            for d in range(1, limit + 1)
-            if at(d).flops_per_step * at(d).dial_steps <= budget * speed
-        ]
-        depth = max(affordable, default=1)
+        speed = at(depth).flops_per_step / seconds_per_step(
+            at(depth), config, backend, sample_batch
+        )
+        depth = _LARGEST_DEPTH
+        while depth > 1 and (
+            at(depth).flops_per_step * at(depth).dial_steps > budget * speed
+            or not _fits(at(depth), config, backend)
+        ):
+            depth -= 1
     return at(depth)
 
 
@@ -166,11 +163,9 @@ def seconds_per_step(
         PlanError: the model does not fit.
     """
     options = session_options(config, backend)
-    rows, seq_len = shape.batch_size, shape.seq_len
-    fit = plan(shape.model, options, config, backend, batch_size=rows, seq_len=seq_len)
-    session = backend.train_session(shape.model, options, fit)
+    session = backend.train_session(shape.model, options, plan_of(shape, config, backend))
     try:
-        batch = sample_batch(rows, seq_len)
+        batch = sample_batch(shape.batch_size, shape.seq_len)
         session.train_step(batch, lr=shape.lr).result()  # the first one compiles and allocates
         count, begun = 0, time.monotonic()
         while count < 3 or time.monotonic() - begun < _PROBE_SECONDS:
@@ -179,6 +174,22 @@ def seconds_per_step(
         return (time.monotonic() - begun) / count
     finally:
         session.close()
+
+
+def plan_of(shape: Shape, config: RunConfig, backend: Backend) -> Plan:
+    """How this machine runs a step of that shape. Raises PlanError where it cannot."""
+    return plan(
+        shape.model, session_options(config, backend), config, backend,
+        batch_size=shape.batch_size, seq_len=shape.seq_len,
+    )  # fmt: skip
+
+
+def _fits(shape: Shape, config: RunConfig, backend: Backend) -> bool:
+    try:
+        plan_of(shape, config, backend)
+    except PlanError:
+        return False
+    return True
 
 
 def session_options(config: RunConfig, backend: Backend) -> SessionOptions:

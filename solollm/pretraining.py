@@ -24,13 +24,13 @@ from solollm.hardware import read_machine
 from solollm.horizon import (
     Shape,
     deepest_shape,
+    plan_of,
     resolve,
     resolve_model,
     resolve_shape,
     session_options,
     updated,
 )
-from solollm.planner import plan
 from solollm.registry import Selected, find_backends, select_backend
 from solollm.report.html import write_report
 from solollm.report.sinks import open_sinks
@@ -149,11 +149,7 @@ def prepare(
     else:
         shape = resolve_shape(config, resolve_model(config.model, vocab_size))
     config = resolve(config, shape, chosen, sample_batch)
-    fit = plan(
-        shape.model, session_options(config, chosen), config, chosen,
-        batch_size=shape.batch_size, seq_len=shape.seq_len,
-    )  # fmt: skip
-    return Preparation(config, selected, fit, tokenizer, weights)
+    return Preparation(config, selected, plan_of(shape, config, chosen), tokenizer, weights)
 
 
 def _train(

@@ -81,16 +81,20 @@ def sink_for(*, as_json: bool) -> Sink:
     return JsonSink() if as_json else ConsoleSink(console())
 
 
+def say(text: str) -> None:
+    """Print a line as it is: no markup, no line breaks of the terminal's width."""
+    console().print(text, markup=False, soft_wrap=True)
+
+
 def show_result(result: TrainResult) -> None:
     """Print how a run ended, and what to type next."""
-    terminal = console()
     held_out = ""
     if result.bits_per_byte is not None:
         held_out = f", held-out {result.bits_per_byte:.3f} bits per byte"
-    terminal.print(f"finished {result.run}: step {result.step:,}{held_out}", markup=False)
-    terminal.print(f"weights {result.checkpoint}", markup=False, soft_wrap=True)
-    terminal.print(f"curves  {result.run / 'report.html'}", markup=False, soft_wrap=True)
-    terminal.print(f"next    solollm generate {result.run}", markup=False, soft_wrap=True)
+    say(f"finished {result.run}: step {result.step:,}{held_out}")
+    say(f"weights  {result.checkpoint}")
+    say(f"curves   {result.run / 'report.html'}")
+    say(f"next     solollm generate {result.run}")
 
 
 def show_preparation(prepared: Preparation, *, as_json: bool) -> None:
@@ -127,4 +131,4 @@ def show_preparation(prepared: Preparation, *, as_json: bool) -> None:
         "memory": f"{format_bytes(total)} of {format_bytes(plan.memory_limit_bytes)}",
     }
     for name, value in rows.items():
-        console().print(f"{name:14} {value}", markup=False, soft_wrap=True)
+        say(f"{name:14} {value}")

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import click
 
-from solollm.commands import console, print_json
-from solollm.commands.pretrain import show_result, sink_for
+from solollm.commands import print_json
+from solollm.commands.pretrain import say, show_result, sink_for
 
 _EPILOG = """\b
 Examples:
@@ -35,6 +35,6 @@ def command(run: Path, corpus: Path | None, backend: str, as_json: bool) -> None
     if as_json and is_over:
         print_json({"kind": "finish", "status": "finished", "step": result.step})
     elif is_over:
-        console().print(f"{run} is finished already: nothing was done", markup=False)
+        say(f"{run} is finished already: nothing was done")
     if not as_json:
         show_result(result)

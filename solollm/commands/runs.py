@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from solollm.commands import console, print_json
+from solollm.commands.pretrain import say
 
 if TYPE_CHECKING:
     from solollm.runs import Run, RunSummary
@@ -34,7 +35,7 @@ def list_command(folder: Path, as_json: bool) -> None:
             print_json(summary._asdict())
         return
     if not found:
-        console().print(f"no runs in {folder}; `solollm pretrain` starts one", markup=False)
+        say(f"no runs in {folder}; `solollm pretrain` starts one")
         return
     _table(["run", "state", "step", "of", "loss"], [_cells(summary) for summary in found])
 
@@ -68,7 +69,7 @@ def show(run: Path, as_json: bool) -> None:
         return
     for name, value in facts.items():
         text = ", ".join(map(str, value)) if isinstance(value, list) else str(value)
-        console().print(f"{name.replace('_', ' '):14} {text}", markup=False, soft_wrap=True)
+        say(f"{name.replace('_', ' '):14} {text}")
 
 
 @command.command("verify", epilog="\b\nExample:\n  solollm runs verify runs/first")
@@ -85,8 +86,7 @@ def verify(run: Path, as_json: bool) -> None:
         if as_json:
             print_json({"step": report.step, "path": report.path, "problem": report.problem})
         else:
-            verdict = report.problem or "intact"
-            console().print(f"{report.path.name}  {verdict}", markup=False, soft_wrap=True)
+            say(f"{report.path.name}  {report.problem or 'intact'}")
     damaged = [report.path.name for report in reports if report.problem]
     if damaged:
         raise IntegrityError(

@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING
 
 import click
 
-from solollm.commands import console, print_json
+from solollm.commands import print_json
+from solollm.commands.pretrain import say
 
 if TYPE_CHECKING:
     from solollm.config import RunConfig
@@ -55,7 +56,7 @@ def resume(
 
     with _folder(folder) as place:
         if not as_json:
-            console().print("an undisturbed run first, then one that is killed again and again")
+            say("an undisturbed run first, then one that is killed again and again")
         config = _training(place, kills, steps, config_path)
         proof = prove_resume(
             config, place, kills=kills, seed=seed,
@@ -96,10 +97,7 @@ def _training(place: Path, kills: int, steps: int | None, path: Path | None) -> 
 
 def _show_life(life: Life) -> None:
     where = "in a save" if life.in_save else "between saves"
-    console().print(
-        f"  from step {life.start_step:>5}, killed after step {life.last_step:>5}, {where}",
-        markup=False,
-    )
+    say(f"  from step {life.start_step:>5}, killed after step {life.last_step:>5}, {where}")
 
 
 def _show(proof: ResumeProof, *, as_json: bool) -> None:
@@ -119,7 +117,7 @@ def _show(proof: ResumeProof, *, as_json: bool) -> None:
         )
         return
     verdict = "EQUAL" if proof.is_equal else "NOT EQUAL"
-    console().print(f"{proof.steps} steps, {kills} kills, {proof.kills_in_save} of them in a save")
-    console().print(f"undisturbed  {proof.straight_digest}", soft_wrap=True)
-    console().print(f"killed       {proof.killed_digest}", soft_wrap=True)
-    console().print(f"weights, optimizer and losses: {verdict}")
+    say(f"{proof.steps} steps, {kills} kills, {proof.kills_in_save} of them in a save")
+    say(f"undisturbed  {proof.straight_digest}")
+    say(f"killed       {proof.killed_digest}")
+    say(f"weights, optimizer and losses: {verdict}")

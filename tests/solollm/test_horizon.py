@@ -1,0 +1,141 @@
+"""What a config leaves open is filled in, once, before a run begins."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+import pytest
+
+from solollm import horizon
+from solollm.backend import Batch
+from solollm.config import RunConfig, parse_config
+from solollm.dial import from_depth
+from solollm.errors import ConfigError, PlanError
+from solollm.horizon import Shape, deepest_shape, resolve, resolve_model, resolve_shape
+
+VOCAB = 2048
+
+
+def no_batch(rows: int, seq_len: int) -> Batch:
+    raise AssertionError("nothing has to be measured")
+
+
+def resolved(raw: dict[str, Any]) -> RunConfig:
+    config = parse_config(raw)
+    shape = resolve_shape(config, resolve_model(config.model, VOCAB))
+    return resolve(config, shape, None, no_batch)  # type: ignore[arg-type]  # never asked
+
+
+def test_the_dial_fills_in_everything() -> None:
+    """Guards against a default that does not work, or is not what the dial says."""
+    config = resolved({"model": {"depth": 3}})
+    model = from_depth(3, VOCAB)
+    dial = horizon.horizon(model)
+    shape = Shape.of(config)
+    assert shape.model == model
+    assert shape.seq_len == model.max_position_embeddings
+    assert shape.batch_size == dial.tokens_per_step // shape.seq_len
+    assert shape.lr == dial.lr
+    assert config.train.steps == math.ceil(dial.total_tokens / shape.tokens_per_step)
+    assert resolved({}).model.config == from_depth(4, VOCAB)
+
+
+def test_a_resolved_config_stays_as_it_is() -> None:
+    """Guards against a resume that plans another run than the one it goes on with."""
+    config = resolved({"model": {"preset": "15m"}, "train": {"tokens": 10**7}})
+    again = resolve(config, Shape.of(config), None, no_batch)  # type: ignore[arg-type]
+    assert again == config
+
+
+@pytest.mark.parametrize(
+    ("train", "steps"),
+    [({"steps": 7, "tokens": 10**9}, 7), ({"tokens": 1000}, 8), ({"tokens": 1}, 1)],
+)
+def test_the_first_given_horizon_counts(train: dict[str, Any], steps: int) -> None:
+    """Guards against tokens that override steps, and a horizon of no step at all."""
+    config = resolved({"data": {"seq_len": 32}, "train": {"batch_size": 4, **train}})
+    assert config.train.steps == steps
+
+
+def test_settings_win_over_the_dial() -> None:
+    """Guards against overrides that are silently dropped."""
+    config = resolved(
+        {
+            "model": {"depth": 2, "qk_norm": True, "tie_word_embeddings": False},
+            "optimizer": {"lr": 0.5},
+            "data": {"seq_len": 100},
+            "train": {"batch_size": 3, "steps": 1},
+        }
+    )
+    shape = Shape.of(config)
+    assert (shape.lr, shape.seq_len, shape.batch_size) == (0.5, 100, 3)
+    assert shape.model.qk_norm
+    assert not shape.model.tie_word_embeddings
+
+
+def test_impossible_shapes_are_refused() -> None:
+    """Guards against a model that reads positions or ids it does not have."""
+    with pytest.raises(ConfigError, match="positions end at 256"):
+        resolved({"model": {"depth": 2}, "data": {"seq_len": 300}})
+    small = from_depth(2, 512).model_dump()
+    with pytest.raises(ConfigError, match="the model has 512 ids"):
+        resolved({"model": {"config": small}})
+    with pytest.raises(ConfigError, match="leaves model"):
+        Shape.of(RunConfig())
+
+
+def test_hours_become_steps_by_the_measured_speed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Guards against hours that are taken for something else, or not kept."""
+    monkeypatch.setattr(horizon, "seconds_per_step", lambda *arguments: 0.5)
+    config = resolved({"model": {"depth": 2}, "train": {"hours": 1.0}})
+    assert config.train.steps == int(3600 * 0.95 / 0.5)
+
+
+@pytest.mark.parametrize("speed", [1e9, 1e11, 1e13])
+def test_hours_alone_choose_the_deepest_model_that_gets_its_tokens(
+    monkeypatch: pytest.MonkeyPatch, speed: float
+) -> None:
+    """Guards against a model that is too large for the night, or smaller than it could be."""
+
+    def measured(shape: Shape, *others: object) -> float:
+        return shape.flops_per_step / speed
+
+    monkeypatch.setattr(horizon, "seconds_per_step", measured)
+    monkeypatch.setattr(horizon, "plan_of", lambda *arguments: None)
+    config = parse_config({"train": {"hours": 8.0}})
+    shape = deepest_shape(config, VOCAB, None, no_batch)  # type: ignore[arg-type]
+    budget = 8 * 3600 * 0.95 * speed
+    assert shape.flops_per_step * shape.dial_steps <= budget
+    deeper = resolve_shape(config, from_depth(shape.model.num_hidden_layers + 1, VOCAB))
+    assert deeper.flops_per_step * deeper.dial_steps > budget
+
+
+def test_hours_alone_stay_within_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Guards against a plan for the night that cannot even start."""
+
+    def fits(shape: Shape, *others: object) -> None:
+        if shape.model.num_hidden_layers > 5:
+            raise PlanError("too large")
+
+    monkeypatch.setattr(horizon, "plan_of", fits)
+    monkeypatch.setattr(horizon, "seconds_per_step", lambda *arguments: 1e-6)
+    config = parse_config({"train": {"hours": 8.0}})
+    shape = deepest_shape(config, VOCAB, None, no_batch)  # type: ignore[arg-type]
+    assert shape.model.num_hidden_layers == 5
+
+
+def test_seconds_per_step_are_those_of_real_steps(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Guards against a measurement that trains nothing, or leaves its session behind."""
+    torch_backend = pytest.importorskip("solollm_torch.backend")
+    monkeypatch.setattr(horizon, "_PROBE_SECONDS", 0.05)
+    config = parse_config({"model": {"depth": 1}, "data": {"seq_len": 16}})
+    shape = resolve_shape(config, resolve_model(config.model, 64))
+
+    def batch(rows: int, seq_len: int) -> Batch:
+        ids = np.zeros((rows, seq_len), np.int32)
+        return Batch(input_ids=ids, labels=ids, denominator=float(ids.size))
+
+    seconds = horizon.seconds_per_step(shape, config, torch_backend.TorchBackend(), batch)
+    assert 0 < seconds < 60
