@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from solollm.backend import SamplingParams
 
 _Function = TypeVar("_Function", bound=Callable[..., Any])
-_C1 = {chr(code) for code in range(0x7F, 0xA0)}  # DEL and the second block of controls
+_CONTROLS = {chr(code) for code in (*range(0x20), *range(0x7F, 0xA0))} - {"\n", "\t"}
 _EPILOG = """\b
 Examples:
   solollm generate runs/first "def main("
@@ -105,6 +105,6 @@ def show(text: str) -> None:
     """Write generated text at once. A terminal gets no control characters but line ends and tabs:
     a model may produce any byte, and some of them would repaint the screen."""
     if sys.stdout.isatty():
-        text = "".join(c if c >= " " and c not in _C1 or c in "\n\t" else "\ufffd" for c in text)
+        text = "".join("\ufffd" if c in _CONTROLS else c for c in text)
     sys.stdout.write(text)
     sys.stdout.flush()
