@@ -195,8 +195,6 @@ def byte_lines(blocks: Iterable[bytes], max_bytes: int) -> Iterator[bytes | None
             size += len(part)
             if size <= max_bytes:
                 held.append(part)
-            else:
-                held.clear()
     if size:
         yield b"".join(held) if size <= max_bytes else None
 
