@@ -75,7 +75,7 @@ def pretrain(
     sinks = [*sinks, *open_sinks(config.log.sinks, run)]
     created = Run.create(run, with_paths_from(prepared.config, run))
     with created.lock():
-        return _train(created, prepared, None, sinks)
+        return _train(created, prepared, None, sinks=sinks)
 
 
 def resume(
@@ -110,7 +110,7 @@ def resume(
         prepared = prepare(config, backend=backend, recorded=recorded)
         sinks = [*sinks, *open_sinks(config.log.sinks, run)]
         notes = [{"kind": "checkpoint_damaged", "reason": problem} for problem in damaged]
-        return _train(opened, prepared, checkpoint, sinks, notes)
+        return _train(opened, prepared, checkpoint, sinks=sinks, notes=notes)
 
 
 def prepare(
@@ -156,6 +156,7 @@ def _train(
     run: Run,
     prepared: Preparation,
     checkpoint: Checkpoint | None,
+    *,
     sinks: Sequence[Sink],
     notes: Sequence[Row] = (),
 ) -> TrainResult:

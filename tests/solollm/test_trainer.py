@@ -311,7 +311,7 @@ def test_saves_by_time_follow_the_monotonic_clock(bench) -> None:
     """Guards against hours of work that no step count would have saved."""
     now = [1000.0]
     made = bench(steps=9, checkpoint={"every_minutes": 1.0, "keep_latest": 10})
-    made.session.on_step = lambda step: now.__setitem__(0, now[0] + 25.0)
+    made.session.on_step = lambda step: now.__setitem__(0, now[0] + 20.0)
     made.fit(clock=lambda: now[0])
     assert made.saved_steps() == [3, 6, 9]
 
