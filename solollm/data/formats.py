@@ -100,15 +100,26 @@ def _read_lines(path: Path, label: str, kind: FileKind, limits: Limits) -> Itera
 
 
 def _read_json(path: Path, label: str, kind: FileKind, limits: Limits) -> Iterator[Item]:
-    """One array of objects, or else JSON lines."""
+    """An array of objects, JSON lines, or one object over several lines."""
     blocks = read_blocks(path, kind.compression, limits)
     head = next((head for head in map(bytes.lstrip, blocks) if head), b"")
-    content = chain([head], blocks)
-    if not head.startswith(b"["):
-        yield from _json_lines(content, label, limits)
+    content: Iterator[bytes] = chain([head], blocks)
+    if head.startswith(b"["):
+        for number, value in enumerate(_array_elements(decoded(content), limits), 1):
+            yield from record_items(value, label, f"item {number}", limits)
         return
-    for number, value in enumerate(_array_elements(decoded(content), limits), 1):
-        yield from record_items(value, label, f"item {number}", limits)
+    first_line, newline, _ = head.partition(b"\n")
+    if newline and not _is_json(first_line):
+        content = (block.replace(b"\n", b" ") for block in content)  # the whole file is one line
+    yield from _json_lines(content, label, limits)
+
+
+def _is_json(line: bytes) -> bool:
+    try:
+        json.loads(line.decode())
+    except (ValueError, RecursionError):
+        return False
+    return True
 
 
 def _json_lines(blocks: Iterator[bytes], label: str, limits: Limits) -> Iterator[Item]:

@@ -334,6 +334,20 @@ def test_json_arrays_are_read_element_by_element(tmp_path: Path) -> None:
     assert _read(path) == []
 
 
+def test_a_json_file_of_settings_is_one_item(tmp_path: Path) -> None:
+    """Guards the report of a code folder: one object over many lines is not a broken item for
+    each of them; a file of JSON lines is still read line by line."""
+    path = tmp_path / "x.json"
+    path.write_text(json.dumps({"name": "x", "list": [1, 2]}, indent=2))
+    assert _only_broken(path).reason == "no text field"
+    path.write_text(json.dumps({"text": "long", "list": [1, 2]}, indent=2))
+    assert _texts(_read(path)) == ["long"]
+    path.write_text('{\n "text": "a",\n rubbish\n}\n')
+    assert _only_broken(path).reason == "not JSON"
+    path.write_text('{"text": "a"}\nrubbish\n{"text": "b"}\n')
+    assert _texts(_read(path)) == ["a", "b"]
+
+
 @settings(max_examples=200, deadline=None)
 @given(
     st.binary(max_size=300),
