@@ -134,7 +134,8 @@ class Decoder(nn.Module):
         device = self.embed_tokens.device
         if self._rotary is None or len(self._rotary.cos) < length or self._rotary.device != device:
             size = max(64, 1 << (length - 1).bit_length())
-            self._rotary = rotary_table(self.config, size, device)
+            with torch.inference_mode(False):  # training may save what an engine made first
+                self._rotary = rotary_table(self.config, size, device)
         return Rotary(self._rotary.cos[:length], self._rotary.sin[:length])
 
     def final_norm(self, x: Tensor) -> Tensor:
