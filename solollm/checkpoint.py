@@ -162,6 +162,27 @@ def save_checkpoint(
     return final
 
 
+def add_continuation(path: Path, continuation: Continuation) -> None:
+    """Put what comes next into the certificate of a finished checkpoint. The directory is replaced
+    whole, by one that shares its tensor files: a crash leaves the one or the other.
+
+    Raises:
+        IntegrityError: the checkpoint's certificate or manifest is refused.
+        StorageError: from the disk; the checkpoint is as it was.
+    """
+    manifest = read_manifest(path)
+    certificate = _parse(Certificate, manifest.read(CERTIFICATE), path / CERTIFICATE)
+    promising = certificate.model_copy(update={"continuation": continuation})
+    with durable.staged_directory(path) as folder:
+        files = ManifestWriter(folder)
+        for name, entry in manifest.files.items():
+            if name == CERTIFICATE:
+                files.add_json(name, promising.model_dump(mode="json"))
+            else:
+                files.adopt(name, path / name, entry)
+        files.finish(step=certificate.step)
+
+
 def open_checkpoint(path: Path, verify: Literal["sizes", "digests"] = "digests") -> Checkpoint:
     """Open a checkpoint, proving all of it ("digests": one pass over the data) or all but the data
     of its tensors ("sizes"), which are then proven one by one as they are read.

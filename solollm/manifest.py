@@ -50,6 +50,13 @@ class ManifestWriter:
         """Write a value as JSON."""
         self.add(name, encode_json(value))
 
+    def adopt(self, name: str, source: Path, entry: Entry) -> None:
+        """Take in a finished file of another directory, which is not copied where the file system
+        allows it. `entry` is what that directory's manifest says of it."""
+        self._take(name)
+        durable.share_file(source, self._folder / name)
+        self._enter(name, *entry)
+
     def add_tensors(
         self,
         name: str,

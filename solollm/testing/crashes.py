@@ -75,10 +75,13 @@ class CrashModel:
             assert isinstance(file, _File)
             file.volatile += event.data
             return
-        parent = self._find(event.path.parent)
+        named = event.target if event.kind == "link" else event.path
+        parent = self._find(named.parent)
         assert isinstance(parent, _Folder)
-        change: dict[str, _Node | None] = {event.path.name: None}
-        if event.kind == "create":
+        change: dict[str, _Node | None] = {named.name: None}
+        if event.kind == "link":
+            change = {named.name: self._find(event.path)}
+        elif event.kind == "create":
             change = {event.path.name: _File()}
         elif event.kind == "mkdir":
             change = {event.path.name: _Folder()}

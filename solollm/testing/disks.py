@@ -14,8 +14,8 @@ from typing import Literal, NamedTuple
 
 from solollm.durable import Disk
 
-Call = Literal["open", "write", "sync", "close", "mkdir", "rename", "unlink", "rmdir"]
-EventKind = Literal["create", "write", "sync", "mkdir", "rename", "remove", "mark"]
+Call = Literal["open", "write", "sync", "close", "mkdir", "rename", "link", "unlink", "rmdir"]
+EventKind = Literal["create", "write", "sync", "mkdir", "rename", "link", "remove", "mark"]
 
 
 class CountingDisk(Disk):
@@ -50,6 +50,10 @@ class CountingDisk(Disk):
     def rename(self, source: Path, target: Path) -> None:
         self._count("rename")
         super().rename(source, target)
+
+    def link(self, source: Path, target: Path) -> None:
+        self._count("link")
+        super().link(source, target)
 
     def unlink(self, path: Path) -> None:
         self._count("unlink")
@@ -151,6 +155,10 @@ class RecordingDisk(Disk):
     def rename(self, source: Path, target: Path) -> None:
         super().rename(source, target)
         self.log.append(Event("rename", source, target))
+
+    def link(self, source: Path, target: Path) -> None:
+        super().link(source, target)
+        self.log.append(Event("link", source, target))
 
     def unlink(self, path: Path) -> None:
         super().unlink(path)

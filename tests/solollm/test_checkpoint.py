@@ -30,6 +30,7 @@ from solollm.architecture import ModelConfig, RopeScaling
 from solollm.backend import HostTensor, TensorSource
 from solollm.certificate import Continuation
 from solollm.checkpoint import (
+    add_continuation,
     latest_checkpoint,
     open_checkpoint,
     prune,
@@ -93,6 +94,34 @@ def test_round_trip_is_bit_equal(
     assert checkpoint.state == state_at(10)
     assert checkpoint.model == tiny_config
     assert checkpoint.certificate.continuation == proof
+
+
+@pytest.mark.parametrize("links", [True, False])
+def test_a_continuation_is_added_and_nothing_else_changes(
+    tmp_path: Path, links: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Guards: a finished checkpoint that loses a file, or its proof, when it is made to say what
+    comes next; also where the file system has no hard links."""
+    path = save_snapshot(tmp_path, SMALL, ArraySnapshot(SMALL, 3), shard_bytes=100)
+    before = open_checkpoint(path)
+    content = {file.name: file.read_bytes() for file in path.iterdir()}
+    assert before.certificate.continuation is None
+    if not links:
+        monkeypatch.setattr(durable, "DISK", LinklessDisk())
+    proof = Continuation(batches=("a", "b"), losses=(2.5, 2.25), grad_norm=0.5)
+    add_continuation(path, proof)
+    after = open_checkpoint(path)
+    assert after.certificate == before.certificate.model_copy(update={"continuation": proof})
+    changed = {file.name for file in path.iterdir() if file.read_bytes() != content[file.name]}
+    assert changed == {"certificate.json", "manifest.json"}
+    assert sorted(file.name for file in tmp_path.iterdir()) == [path.name]
+
+
+class LinklessDisk(durable.Disk):
+    """A file system without second names, such as exFAT."""
+
+    def link(self, source: Path, target: Path) -> None:
+        raise OSError(errno.EOPNOTSUPP, os.strerror(errno.EOPNOTSUPP))
 
 
 def test_float_state_survives_exactly(tmp_path: Path) -> None:

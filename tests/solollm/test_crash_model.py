@@ -16,7 +16,8 @@ import pytest
 
 from solollm import durable
 from solollm.architecture import ModelConfig
-from solollm.checkpoint import list_checkpoints, open_checkpoint, prune
+from solollm.certificate import Continuation
+from solollm.checkpoint import add_continuation, list_checkpoints, open_checkpoint, prune
 from solollm.errors import IntegrityError
 from solollm.testing.crashes import CrashModel, Tree, choices, write_tree
 from solollm.testing.disks import Event, RecordingDisk
@@ -154,6 +155,33 @@ def test_no_power_cut_loses_a_checkpoint(walk: Callable[..., Walk], tmp_path: Pa
     assert steps.broken_promise(num_random=12) == ""
     assert steps.num_states > 10_000
     assert steps.uncaught_mutants() == []
+
+
+def test_no_power_cut_loses_a_checkpoint_that_gets_a_continuation(
+    walk: Callable[..., Walk], tmp_path: Path
+) -> None:
+    """Guards: the last checkpoint of a stopped run, rewritten to say what comes next."""
+    root = tmp_path / "root"
+    path = save_arrays(root, MODEL, 7)
+    digest = open_checkpoint(path).certificate.digest
+    promise = Continuation(batches=("a", "b"), losses=(2.0, 1.0), grad_norm=0.5)
+
+    def recover(folder: Path) -> Found:
+        found = dict(checkpoints_in(folder))
+        if found.get(7) == digest:
+            opened = open_checkpoint(folder / path.name)
+            found["promise"] = "kept" if opened.certificate.continuation == promise else None
+        return found
+
+    steps = walk(recover)
+    steps.disk.mark((7, (digest,)))
+    steps.disk.mark(("promise", (None, "kept")))
+    add_continuation(path, promise)
+    steps.disk.mark(("promise", ("kept",)))
+    assert steps.broken_promise(num_random=20) == ""
+    shared = re.compile(r"(generation_|)config|tokenizer|template|safetensors|trainer_state")
+    needless = [line for line in steps.uncaught_mutants() if not shared.search(line)]
+    assert needless == []
 
 
 def test_replaced_file_is_old_or_new(walk: Callable[..., Walk], tmp_path: Path) -> None:
