@@ -266,6 +266,28 @@ def test_a_changed_version_is_said(config, tmp_path, monkeypatch) -> None:
     assert len(lineage) == 2
 
 
+def test_a_run_goes_on_with_another_backend(config, tmp_path, monkeypatch) -> None:
+    """Guards against a checkpoint that only its own backend understands, and a silent change."""
+    from solollm.registry import Selected
+    from solollm.testing.toy import ToyBackend
+
+    run = tmp_path / "run"
+    config = updated(updated(config, "optimizer", name="adamw"), "train", steps=10)
+    cut(config, run, 4)
+    monkeypatch.setattr(
+        "solollm.pretraining.select_backend", lambda name: Selected(ToyBackend(), name)
+    )
+    watcher = Watcher()
+    result = resume(run, backend="toy", sinks=[watcher])
+    assert "backend was torch, is toy" in watcher.of_kind("environment_changed")[0]["changes"]
+    assert watcher.facts["backend_reason"] == "toy"
+    assert [step for step, _ in losses(run)] == list(range(1, 11))
+    state = open_checkpoint(result.checkpoint).state
+    assert (state.environment.backend, state.session_state["updates"]) == ("toy", 10)
+    parts = Run.open(run).read_lineage()
+    assert [part["first_step"] for part in parts] == [0, result.start_step]
+
+
 def test_init_from_takes_weights_and_nothing_else(config, straight, tmp_path) -> None:
     """Guards against an --init-from that is ignored, or that drags old moments along."""
     source = straight / "checkpoints" / f"step-{STEPS:08d}"
