@@ -21,9 +21,10 @@ ROOT = Path(__file__).resolve().parent.parent
 
 LAYERS = (
     "errors",
-    "architecture config dial durable strictfile confined hardware optim_codec signals",
-    "tensorheader tensorfile backend sampling tokenizer_format tokenizer fast_encoding"
-    " tokenizer_training chat_template",
+    "architecture config dial durable strictfile confined hardware optim_codec affine_codec"
+    " signals",
+    "tensorheader tensorfile backend rounding sampling engine_input tokenizer_format tokenizer"
+    " fast_encoding tokenizer_training chat_template",
     "data schedule manifest certificate checkpoint checkpoint_writer runlock runs run_log"
     " planner registry generation tokenizer_inspection",
     "evaluation report held_out completion dialogue",
@@ -36,7 +37,16 @@ LAYERS = (
 )
 BACKENDS = ("solollm_torch", "solollm_mlx")
 BACKEND_MAY_IMPORT = frozenset(
-    {"backend", "config", "architecture", "optim_codec", "errors", "tensorfile", "sampling"}
+    {
+        "backend",
+        "config",
+        "architecture",
+        "optim_codec",
+        "errors",
+        "tensorfile",
+        "sampling",
+        "engine_input",
+    }
 )
 FRAMEWORKS = frozenset({"torch", "mlx", "transformers", "datasets", "tokenizers", "pyarrow"})
 _LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names.split()}

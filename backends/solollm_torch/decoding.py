@@ -27,8 +27,9 @@ from solollm.backend import (
     Request,
     TokenEvent,
 )
-from solollm.errors import BackendError, ConfigError
-from solollm.sampling import check_sampling, choose, is_plain_greedy
+from solollm.engine_input import checked_prompt
+from solollm.errors import BackendError
+from solollm.sampling import choose, is_plain_greedy
 from solollm_torch.inference import Chunk, Group, InferenceModel, Rows
 from solollm_torch.kv_cache import KVCache, SlotTable
 
@@ -63,6 +64,7 @@ class TorchDecoder(Decoder):
         self, model: InferenceModel, options: EngineOptions, *, prefill_tokens: int
     ) -> None:
         self._model = model
+        self._options = options
         self._limit = options.max_seq_len
         self._vocab_size = options.vocab_size
         self._prefill_tokens = prefill_tokens
@@ -77,7 +79,7 @@ class TorchDecoder(Decoder):
         self._ended: list[TokenEvent] = []  # ended without a step
 
     def add(self, request: Request) -> int:
-        prompt = self._checked_prompt(request)
+        prompt = checked_prompt(request, self._options)
         self._next_id += 1
         limit = min(len(prompt) + request.max_new_tokens, self._limit + 1)
         sequence = _Sequence(self._next_id, request, prompt, limit)
@@ -106,30 +108,6 @@ class TorchDecoder(Decoder):
             if events:
                 break
         return events
-
-    def _checked_prompt(self, request: Request) -> np.ndarray:
-        check_sampling(request.sampling)
-        if request.adapter is not None:
-            raise ConfigError(f"this engine holds no adapter {request.adapter!r}")
-        if request.max_new_tokens < 0:
-            raise ConfigError(f"max_new_tokens {request.max_new_tokens} is negative")
-        prompt = np.asarray(request.prompt_ids, np.int64)
-        if prompt.ndim != 1 or not len(prompt):
-            raise ConfigError("the prompt is empty", fix="begin it with the tokenizer's bos id")
-        room = self._limit + (request.max_new_tokens == 0)
-        if len(prompt) > room:
-            raise ConfigError(
-                f"a prompt of {len(prompt)} tokens is too long",
-                why=f"the engine holds {self._limit} positions",
-                fix="shorten it from the left, or give a larger max_seq_len",
-            )
-        if prompt.min() < 0 or prompt.max() >= self._vocab_size:
-            bad = prompt[(prompt < 0) | (prompt >= self._vocab_size)][0]
-            raise ConfigError(
-                f"token id {bad} is outside the vocabulary of {self._vocab_size}",
-                fix="use the tokenizer that belongs to the checkpoint",
-            )
-        return prompt
 
     def _decode(self) -> list[TokenEvent]:
         """One token for every running sequence."""

@@ -6,7 +6,6 @@ choice of a token in `solollm.sampling`.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -14,9 +13,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from solollm.architecture import ModelConfig, parameter_table
+from solollm.architecture import parameter_table
 from solollm.backend import Engine, EngineOptions, HostTensor, TensorSource
-from solollm.errors import ConfigError, IntegrityError, nearest
+from solollm.engine_input import complete_options, read_model_config
+from solollm.errors import IntegrityError
 from solollm.tensorfile import open_weights
 from solollm_torch.decoding import TorchDecoder
 from solollm_torch.inference import InferenceModel
@@ -42,7 +42,7 @@ class TorchEngine(Engine):
             ConfigError: an option that the model cannot serve.
         """
         self.model = decoder.config
-        self.options = _complete(options, decoder.config)
+        self.options = complete_options(options, decoder.config, known=_OPTIONS)
         self.device = decoder.embed_tokens.device
         dtype = _DTYPES.get(self.options.compute_dtype, decoder.compute_dtype)
         default_tokens = 512 if self.device.type == "cpu" else 2048
@@ -89,45 +89,6 @@ class TorchEngine(Engine):
 
     def open(self) -> TorchDecoder:
         return TorchDecoder(self.inference, self.options, prefill_tokens=self.prefill_tokens)
-
-
-def read_model_config(checkpoint: Path) -> ModelConfig:
-    """The model that a checkpoint directory describes. Raises ConfigError where there is none."""
-    path = checkpoint / "config.json"
-    try:
-        raw = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ConfigError(
-            f"{checkpoint} is not a checkpoint",
-            why=f"its config.json cannot be read: {error}",
-            fix="give a run folder or a checkpoint folder; `solollm runs list` shows them",
-        ) from error
-    if not isinstance(raw, dict):
-        raise ConfigError(f"{path} holds a {type(raw).__name__}, not a model's settings")
-    return ModelConfig.from_hf(raw)
-
-
-def _complete(options: EngineOptions, model: ModelConfig) -> EngineOptions:
-    """The options with the model's numbers in the place of zeros; refuses what cannot be."""
-    limit, rows = model.max_position_embeddings, model.vocab_size
-    if not 0 <= options.max_seq_len <= limit:
-        raise ConfigError(
-            f"max_seq_len {options.max_seq_len} is beyond the model's {limit} positions",
-            fix=f"give {limit} or less (0: all of them)",
-        )
-    if not 0 <= options.vocab_size <= rows:
-        raise ConfigError(
-            f"vocab_size {options.vocab_size} is not within the model's {rows} rows",
-            fix="use the tokenizer that the checkpoint was trained with",
-        )
-    if options.max_batch_size < 1:
-        raise ConfigError(f"max_batch_size {options.max_batch_size} leaves no room for a request")
-    for key in options.backend_options:
-        if key not in _OPTIONS:
-            raise ConfigError(f"unknown engine option `{key}`", why=nearest(key, _OPTIONS))
-    return replace(
-        options, max_seq_len=options.max_seq_len or limit, vocab_size=options.vocab_size or rows
-    )
 
 
 def _preferred_dtype(device: torch.device) -> torch.dtype:
