@@ -25,11 +25,13 @@ from solollm.errors import BackendError
 
 IGNORED = -100  # the label of a position without a target
 
-DType = Literal["F32", "F16", "BF16", "I16", "I32", "U8"]
-ITEM_BYTES: Mapping[str, int] = {"F32": 4, "F16": 2, "BF16": 2, "I16": 2, "I32": 4, "U8": 1}
+DType = Literal["F32", "F16", "BF16", "I16", "I32", "U32", "U8"]
+ITEM_BYTES: Mapping[str, int] = {
+    "F32": 4, "F16": 2, "BF16": 2, "I16": 2, "I32": 4, "U32": 4, "U8": 1,
+}  # fmt: skip
 BITS_DTYPE: Mapping[str, type[np.generic]] = {
     "F32": np.float32, "F16": np.float16, "BF16": np.uint16, "I16": np.int16,
-    "I32": np.int32, "U8": np.uint8,
+    "I32": np.int32, "U32": np.uint32, "U8": np.uint8,
 }  # fmt: skip
 Objective = Literal["lm", "dpo", "grpo"]
 ComputeDType = Literal["float32", "bfloat16", "float16"]

@@ -24,7 +24,16 @@ from solollm.certificate import Certificate, CertifiedSource, Continuation
 from solollm.errors import BackendError, ConfigError, IntegrityError, StorageError
 from solollm.manifest import MANIFEST, Manifest, ManifestWriter, read_manifest, refuse_newer
 from solollm.strictfile import parse_json, refused
-from solollm.tensorfile import INDEX, WEIGHTS, TensorFile, Weights, is_finite, open_weights
+from solollm.tensorfile import (
+    FOR_TRANSFORMERS,
+    INDEX,
+    TensorFile,
+    Weights,
+    is_finite,
+    open_weights,
+    shard_index,
+    split_shards,
+)
 from solollm.tensorheader import Spec, spec_bytes
 
 SHARD_BYTES = 4_000_000_000
@@ -32,7 +41,6 @@ OPTIMIZER = "optimizer.safetensors"
 STATE = "trainer_state.json"
 CERTIFICATE = "certificate.json"
 _HEADROOM = 1.1
-_FOR_TRANSFORMERS = {"format": "pt"}  # it refuses a file without this line
 _STEP_NAME = re.compile(r"step-(\d{8,16})")
 _Model = TypeVar("_Model", bound=BaseModel)
 
@@ -300,32 +308,14 @@ def _write_weights(
     tensors: Iterator[tuple[str, HostTensor]],
     shard_bytes: int,
 ) -> dict[str, str]:
-    shards = _shards(specs, shard_bytes)
-    if len(shards) == 1:
-        return files.add_tensors(WEIGHTS, specs, tensors, _FOR_TRANSFORMERS)
+    shards = split_shards(specs, shard_bytes)
     digests: dict[str, str] = {}
-    weight_map: dict[str, str] = {}
-    for number, shard in enumerate(shards, 1):
-        name = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
-        part = islice(tensors, len(shard))
-        digests |= files.add_tensors(name, shard, part, _FOR_TRANSFORMERS)
-        weight_map |= {spec[0]: name for spec in shard}
-    total = sum(spec_bytes(dtype, shape) for _, dtype, shape in specs)
-    files.add_json(INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
+    for name, shard in shards.items():
+        part = tensors if len(shards) == 1 else islice(tensors, len(shard))
+        digests |= files.add_tensors(name, shard, part, FOR_TRANSFORMERS)
+    if len(shards) > 1:
+        files.add_json(INDEX, shard_index(shards))
     return digests
-
-
-def _shards(specs: Sequence[Spec], shard_bytes: int) -> list[list[Spec]]:
-    shards: list[list[Spec]] = [[]]
-    room = shard_bytes
-    for spec in specs:
-        size = spec_bytes(spec[1], spec[2])
-        if size > room and shards[-1]:
-            shards.append([])
-            room = shard_bytes
-        shards[-1].append(spec)
-        room -= size
-    return shards
 
 
 def _prove(

@@ -11,7 +11,7 @@ from __future__ import annotations
 import hashlib
 import os
 import weakref
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import TracebackType
@@ -35,6 +35,7 @@ from solollm.tensorheader import (
 
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
+FOR_TRANSFORMERS = {"format": "pt"}  # metadata of weights: it refuses a file without this line
 _FLOATS = ("F32", "F16", "BF16")
 _HASH_BYTES = 1 << 24
 _THREADED_BYTES = 1 << 25
@@ -179,24 +180,26 @@ class Weights:
         return file
 
 
-def open_weights(folder: Path) -> Weights:
+def open_weights(folder: Path, *, locate: Callable[[str], Path] | None = None) -> Weights:
     """The weights of a folder in Hugging Face layout: `model.safetensors`, or shards by index.
 
-    No name in the index leads outside the folder, and no link is followed.
+    No name in the index leads outside the folder, and no link is followed. `locate` says where a
+    file name of this folder really lies (a download cache links to it); default: in the folder.
 
     Raises:
         IntegrityError: no weights, a refused file, an index that disagrees with its shards.
     """
+    at = locate or folder.joinpath
     single, index = folder / WEIGHTS, folder / INDEX
     if not index.exists() or single.exists():
-        return Weights(folder, [TensorFile(single, follow_links=False)])
-    weight_map = _read_index(index)
+        return Weights(folder, [TensorFile(at(WEIGHTS), follow_links=False)])
+    weight_map = _read_index(at(INDEX))
     shards = sorted(set(weight_map.values()))
-    weights = Weights(folder, [TensorFile(folder / name, follow_links=False) for name in shards])
-    for file in weights.files:
+    weights = Weights(folder, [TensorFile(at(shard), follow_links=False) for shard in shards])
+    for shard, file in zip(shards, weights.files, strict=True):
         for name in file.names():
-            if weight_map.get(name) != file.path.name:
-                raise refused(index, f"tensor {name!r}", f"is in {file.path.name}, not as mapped")
+            if weight_map.get(name) != shard:
+                raise refused(index, f"tensor {name!r}", f"is in {shard}, not as mapped")
     for name, shard in weight_map.items():
         if name not in weights.names():
             raise refused(index, f"tensor {name!r}", f"is not in {shard}")
@@ -217,6 +220,34 @@ def _read_index(index: Path) -> dict[str, str]:
     if len(set(weight_map.values())) > _MAX_SHARDS:
         raise refused(index, "weight_map", f"more than {_MAX_SHARDS} shards")
     return weight_map
+
+
+def split_shards(specs: Sequence[Spec], shard_bytes: int) -> dict[str, list[Spec]]:
+    """File name -> the tensors it holds, in order: one file, or shards of at most `shard_bytes`
+    (one tensor at least), named as Hugging Face does."""
+    shards: list[list[Spec]] = [[]]
+    room = shard_bytes
+    for spec in specs:
+        size = spec_bytes(spec[1], spec[2])
+        if size > room and shards[-1]:
+            shards.append([])
+            room = shard_bytes
+        shards[-1].append(spec)
+        room -= size
+    if len(shards) == 1:
+        return {WEIGHTS: shards[0]}
+    count = len(shards)
+    return {
+        f"model-{number:05d}-of-{count:05d}.safetensors": shard
+        for number, shard in enumerate(shards, 1)
+    }
+
+
+def shard_index(shards: Mapping[str, Sequence[Spec]]) -> dict[str, Any]:
+    """The content of `model.safetensors.index.json` for several shards."""
+    weight_map = {spec[0]: file for file, specs in shards.items() for spec in specs}
+    total = sum(spec_bytes(dtype, shape) for specs in shards.values() for _, dtype, shape in specs)
+    return {"metadata": {"total_size": total}, "weight_map": weight_map}
 
 
 def is_flat_name(name: str) -> bool:

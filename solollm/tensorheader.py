@@ -25,10 +25,10 @@ _MAX_WIDE_BYTES = 1 << 24
 _MAX_ELEMENTS = 2**60
 _METADATA = "__metadata__"
 
-# Bytes per element. Only the six of `backend.DType` can be loaded; foreign files may hold others.
+# Bytes per element. Only those of `backend.DType` can be loaded; foreign files may hold others.
 FILE_DTYPES: Mapping[str, int] = {
-    "F32": 4, "F16": 2, "BF16": 2, "I16": 2, "I32": 4, "U8": 1,
-    "F64": 8, "I64": 8, "U64": 8, "U32": 4, "U16": 2, "I8": 1, "BOOL": 1,
+    "F32": 4, "F16": 2, "BF16": 2, "I16": 2, "I32": 4, "U32": 4, "U8": 1,
+    "F64": 8, "I64": 8, "U64": 8, "U16": 2, "I8": 1, "BOOL": 1,
     "F8_E4M3": 1, "F8_E5M2": 1,
 }  # fmt: skip
 

@@ -27,9 +27,9 @@ LAYERS = (
     " fast_encoding tokenizer_training chat_template",
     "data schedule manifest certificate checkpoint checkpoint_writer runlock runs run_log"
     " planner registry generation tokenizer_inspection",
-    "evaluation report held_out completion dialogue",
+    "evaluation report held_out continuation completion dialogue",
     "trainer",
-    "pretraining horizon starting_weights run_streams",
+    "pretraining environments horizon starting_weights run_streams",
     "testing resume_proof quickstart doctor benchmark",
     "commands",
     "cli",
