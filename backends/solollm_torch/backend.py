@@ -58,7 +58,7 @@ class TorchBackend(Backend):
         device = _device()
         bf16 = _computes_bf16(device)
         return Capabilities(
-            device="cpu" if device.type == "cpu" else torch.cuda.get_device_name(device),
+            device="cpu" if device.type == "cpu" else "cuda:0",
             train_dtypes=("float32", "bfloat16") if bf16 else ("float32",),
             preferred_dtype="bfloat16" if bf16 and device.type == "cuda" else "float32",
             objectives=("lm",),

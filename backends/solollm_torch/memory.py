@@ -10,40 +10,54 @@ import torch
 from solollm.architecture import ModelConfig
 from solollm.backend import ComputeDType, MemoryCosts, SessionOptions
 from solollm_torch.loss import chunk_rows
+from solollm_torch.optim import MUON_BATCH_ELEMENTS
 
 CUDA_CONTEXT_BYTES = 600 * 2**20
-CPU_PROCESS_BYTES = 300 * 2**20  # the interpreter and PyTorch's libraries
-MUON_SCRATCH_BYTES = 6 * 4 * (1 << 22)
+CPU_PROCESS_BYTES = 400 * 2**20  # the interpreter and PyTorch's libraries
+MUON_SCRATCH_COPIES = 5  # of one batch of matrices: the iteration's products and their inputs
 
 
 def memory_costs(
     model: ModelConfig, options: SessionOptions, compute_dtype: ComputeDType, device: torch.device
 ) -> MemoryCosts:
     """Coefficients of `solollm.backend.MemoryCosts` for a session on `device`."""
-    item = 4 if compute_dtype == "float32" else 2
+    kept, passing, ends = _bytes_per_token(model, 4 if compute_dtype == "float32" else 2)
+    residual = model.hidden_size * (4 if compute_dtype == "float32" else 2)
+    fixed = CPU_PROCESS_BYTES if device.type == "cpu" else CUDA_CONTEXT_BYTES
+    if options.optimizer.name == "muon":
+        fixed += MUON_SCRATCH_COPIES * 4 * MUON_BATCH_ELEMENTS
+    head_bytes = 4 * model.vocab_size * model.hidden_size  # the embedding's gradient, for a moment
+    chunk_bytes = chunk_rows(model.vocab_size, device) * model.vocab_size
+    chunk_bytes *= 4 if compute_dtype == "float32" else 8  # bf16 logits are widened and narrowed
+    return MemoryCosts(
+        fixed_bytes=fixed,
+        per_parameter_bytes=8 + _state_bytes_per_parameter(model, options),
+        per_token_bytes=model.num_hidden_layers * kept + passing + ends,
+        per_token_checkpointed_bytes=model.num_hidden_layers * residual + kept + passing + ends,
+        loss_chunk_bytes=max(chunk_bytes, head_bytes),
+    )
+
+
+def _bytes_per_token(model: ModelConfig, item: int) -> tuple[int, int, int]:
+    """Of a block kept for backward, passing through its backward, and outside of the blocks."""
     hidden, inter = model.hidden_size, model.intermediate_size
     queries = model.num_attention_heads * model.head_dim
     keys = model.num_key_value_heads * model.head_dim
-    # A block keeps: two residual streams and their normalised forms, q, k, v, the attention's
-    # output, gate and up, and their product; fp32 statistics beside them.
-    statistics = 4 * (model.num_attention_heads + 2)
-    kept = item * (4 * hidden + 2 * queries + 2 * keys + 3 * inter) + statistics
-    # The widest moment of a block's backward pass: gradients of the product, of gate and up.
-    passing = item * (2 * hidden + 4 * inter)
-    ends = 12 * hidden  # embedding, final norm and their gradients
-    states = 8.0 if options.optimizer.state_bits == 32 else 2.1
-    if options.optimizer.name == "muon":
-        states /= 2  # of the block matrices; the rest is small
-    cast = 2 if item == 2 else 0  # bf16 copies of the weights that backward needs
-    chunk = chunk_rows(model.vocab_size, device)
-    fixed = CPU_PROCESS_BYTES if device.type == "cpu" else CUDA_CONTEXT_BYTES
-    if options.optimizer.name == "muon":
-        fixed += MUON_SCRATCH_BYTES
-    return MemoryCosts(
-        fixed_bytes=fixed,
-        per_parameter_bytes=8 + states + cast,
-        per_token_bytes=model.num_hidden_layers * kept + passing + ends,
-        per_token_checkpointed_bytes=model.num_hidden_layers * item * hidden
-        + kept + passing + ends,
-        loss_chunk_bytes=chunk * model.vocab_size * (4 if item == 4 else 8),
-    )  # fmt: skip
+    # Two residual streams and their normalised forms; q, k, v and the attention's output; gate, up
+    # and their product; in fp32 each norm's scale and each head's log-sum.
+    kept = item * (4 * hidden + 2 * queries + 2 * keys + 3 * inter)
+    kept += 4 * (model.num_attention_heads + 2)
+    if model.qk_norm:
+        kept += item * (queries + keys)  # before and after the norm
+    passing = item * (hidden + 3 * inter)  # gradients of the residual, of gate and up, one product
+    ends = 3 * item * hidden + 32  # final norm, its output and gradient; ids and labels
+    return kept, passing, ends
+
+
+def _state_bytes_per_parameter(model: ModelConfig, options: SessionOptions) -> float:
+    """AdamW keeps two moments, Muon one for the matrices; in 8 bits those of matrices only."""
+    item = 4.0 if options.optimizer.state_bits == 32 else 1.02
+    matrices = model.num_matrix_parameters() - model.vocab_size * model.hidden_size
+    share = matrices / model.num_parameters()
+    moments = 1 if options.optimizer.name == "muon" else 2
+    return share * moments * item + (1 - share) * 2 * 4

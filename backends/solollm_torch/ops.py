@@ -125,9 +125,9 @@ class _Linear(Function):
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """x / sqrt(mean(x^2) + eps) * weight over the last dimension (Zhang & Sennrich 2019).
 
-    A compute dtype below fp32 is widened inside.
+    A compute dtype below fp32 is widened inside. CUDA has fused kernels for both directions.
     """
-    if by_hand(x) and x.dtype == torch.float32:
+    if by_hand(x) and x.device.type == "cpu":
         result: Tensor = _RMSNorm.apply(x, weight, eps)  # type: ignore[no-untyped-call]
         return result
     return functional.rms_norm(x, (x.shape[-1],), weight.to(x.dtype), eps)
@@ -136,25 +136,25 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 class _RMSNorm(Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
-        size = x.shape[-1]
-        inverse = torch.linalg.vector_norm(x, dim=-1, keepdim=True).square_()  # [..., 1]
+        wide, size = x.float(), x.shape[-1]
+        inverse = torch.linalg.vector_norm(wide, dim=-1, keepdim=True).square_()  # [..., 1]
         inverse = inverse.div_(size).add_(eps).rsqrt_()
         ctx.save_for_backward(x, weight, inverse)
-        normed: Tensor = (x * inverse).mul_(weight)
-        return normed
+        normed: Tensor = (wide * inverse).mul_(weight)
+        return normed.to(x.dtype)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
         x, weight, inverse = ctx.saved_tensors
-        size = x.shape[-1]
-        both = (grad * x).reshape(-1, size)  # [N, C]
+        wide, grad, size = x.float(), grad.float(), x.shape[-1]
+        both = (grad * wide).reshape(-1, size)  # [N, C]
         column = inverse.reshape(-1, 1)  # [N, 1]
         grad_weight = torch.mm(column.t(), both).view(size)
         along = torch.mv(both, weight).view(inverse.shape)  # [..., 1]: <grad * weight, x>
         along.mul_(inverse).mul_(inverse).mul_(inverse).div_(-size)
-        grad_x = (grad * weight).mul_(inverse).addcmul_(x, along)
-        return grad_x, grad_weight, None
+        grad_x = (grad * weight).mul_(inverse).addcmul_(wide, along)
+        return grad_x.to(x.dtype), grad_weight, None
 
 
 def swiglu(gate_up: Tensor) -> Tensor:

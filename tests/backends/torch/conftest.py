@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -9,12 +10,57 @@ import numpy as np
 import pytest
 import torch
 from solollm_torch.session import TorchSession
+from torch import is_tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from solollm.architecture import ModelConfig
 from solollm.backend import Batch, Plan, SessionOptions
 from solollm.config import OptimizerTable
 
 MakeSession = Callable[..., TorchSession]
+
+
+class LiveBytes(TorchDispatchMode):
+    """The most bytes of tensors made in this block that were alive at once.
+
+    Every storage is counted once and until it is freed, so the figure is exact and the same on
+    every machine, unlike the process's resident memory.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.live = self.peak = 0
+        self.known: dict[int, int] = {}
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+        given = {
+            t.untyped_storage().data_ptr() for t in tree_leaves((args, kwargs)) if is_tensor(t)
+        }
+        out = func(*args, **(kwargs or {}))
+        for tensor in filter(is_tensor, tree_leaves(out)):
+            storage = tensor.untyped_storage()
+            if storage.data_ptr() not in given:
+                self.count(storage)
+        return out
+
+    def count(self, storage: torch.UntypedStorage) -> None:
+        key, size = storage.data_ptr(), storage.nbytes()
+        if key in self.known or size == 0:
+            return
+        self.known[key] = size
+        self.live += size
+        self.peak = max(self.peak, self.live)
+        weakref.finalize(storage, self.forget, key)
+
+    def forget(self, key: int) -> None:
+        self.live -= self.known.pop(key)
+
+
+@pytest.fixture(scope="session")
+def live_bytes() -> type[LiveBytes]:
+    """`with live_bytes() as watch: ...`, then `watch.peak` and `watch.live`."""
+    return LiveBytes
 
 
 @pytest.fixture(scope="session")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import weakref
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -12,9 +11,6 @@ import pytest
 import torch
 from solollm_torch import compiling
 from solollm_torch.session import TorchSession
-from torch import is_tensor
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 from solollm.architecture import ModelConfig
 from solollm.backend import Batch, DictSource, EngineOptions, HostTensor, Plan, SessionOptions
@@ -23,12 +19,15 @@ from solollm.errors import BackendError, ConfigError
 
 MakeSession = Callable[..., TorchSession]
 MakeBatch = Callable[..., Batch]
+PeakOf = Callable[[TorchSession, Batch], int]
 State = dict[str, HostTensor]
 
 
 def state_of(session: TorchSession) -> State:
+    """Copies of everything in a snapshot, so that no alias of live memory can pass for it."""
     snapshot = session.snapshot()
-    return dict(snapshot.parameters()) | dict(snapshot.optimizer())
+    tensors = dict(snapshot.parameters()) | dict(snapshot.optimizer())
+    return {name: t._replace(data=t.data.copy()) for name, t in tensors.items()}
 
 
 def assert_same_bits(actual: State, expected: State) -> None:
@@ -41,49 +40,18 @@ def train(session: TorchSession, batch: Batch, steps: int) -> list[float]:
     return [session.train_step(batch, lr=3e-3).result().loss for _ in range(steps)]
 
 
-class LiveBytes(TorchDispatchMode):
-    """The most bytes of tensors made in this block that were alive at once.
-
-    Every storage is counted once and until it is freed, so the figure is exact and the same on
-    every machine, unlike the process's resident memory.
-    """
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.live = self.peak = 0
-        self.known: dict[int, int] = {}
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
-        given = {
-            t.untyped_storage().data_ptr() for t in tree_leaves((args, kwargs)) if is_tensor(t)
-        }
-        out = func(*args, **(kwargs or {}))
-        for tensor in filter(is_tensor, tree_leaves(out)):
-            storage = tensor.untyped_storage()
-            if storage.data_ptr() not in given:
-                self.count(storage)
-        return out
-
-    def count(self, storage: torch.UntypedStorage) -> None:
-        key, size = storage.data_ptr(), storage.nbytes()
-        if key in self.known or size == 0:
-            return
-        self.known[key] = size
-        self.live += size
-        self.peak = max(self.peak, self.live)
-        weakref.finalize(storage, self.forget, key)
-
-    def forget(self, key: int) -> None:
-        self.live -= self.known.pop(key)
-
-
-def peak_of(session: TorchSession, batch: Batch) -> int:
+@pytest.fixture
+def peak_of(live_bytes: Any) -> Callable[[TorchSession, Batch], int]:
     """Bytes of a probe step above the session's own weights, gradients and states."""
-    session.probe_step(batch)
-    with LiveBytes() as watch:
+
+    def peak(session: TorchSession, batch: Batch) -> int:
         session.probe_step(batch)
-    assert watch.live < watch.peak / 4, "the step's tensors must be gone, else nothing was watched"
-    return watch.peak
+        with live_bytes() as watch:
+            session.probe_step(batch)
+        assert watch.live < watch.peak / 4, "the step's tensors must be gone: is it watched?"
+        return int(watch.peak)
+
+    return peak
 
 
 def test_loss_falls(make_session: MakeSession, make_batch: MakeBatch) -> None:
@@ -110,7 +78,9 @@ def test_micro_batches_equal_the_big_batch(
         assert (gradients[name] - gradient).norm() < 1e-5 * gradient.norm(), name
 
 
-def test_four_micro_batches_peak_like_one(make_session: MakeSession, make_batch: MakeBatch) -> None:
+def test_four_micro_batches_peak_like_one(
+    make_session: MakeSession, make_batch: MakeBatch, peak_of: PeakOf
+) -> None:
     """Activations of one micro-batch must be gone before the next: that is what they are for."""
     batch = make_batch(8, 64)
     quarter = replace(
@@ -123,7 +93,11 @@ def test_four_micro_batches_peak_like_one(make_session: MakeSession, make_batch:
 
 @pytest.mark.parametrize("packed", [False, True])
 def test_checkpointing_changes_memory_and_not_the_loss(
-    make_session: MakeSession, make_batch: MakeBatch, tiny_config: ModelConfig, packed: bool
+    make_session: MakeSession,
+    make_batch: MakeBatch,
+    tiny_config: ModelConfig,
+    peak_of: PeakOf,
+    packed: bool,
 ) -> None:
     """Recomputed blocks must meet the same inputs, and their activations must be gone."""
     deep = tiny_config.model_copy(update={"num_hidden_layers": 6})

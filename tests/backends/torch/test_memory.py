@@ -1,0 +1,65 @@
+"""The planner's coefficients against tensors counted in real sessions."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from solollm_torch.memory import CPU_PROCESS_BYTES, memory_costs
+from solollm_torch.session import TorchSession
+
+from solollm.architecture import ModelConfig
+from solollm.backend import Batch, Plan, SessionOptions
+from solollm.config import OptimizerTable
+
+CPU = torch.device("cpu")
+BASE = {
+    "vocab_size": 1024, "hidden_size": 128, "intermediate_size": 352, "num_hidden_layers": 6,
+    "num_attention_heads": 4, "num_key_value_heads": 4, "head_dim": 32, "tie_word_embeddings": True,
+}  # fmt: skip
+CASES: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "long": {"rows": 32},
+    "checkpointed": {"rows": 32, "activation_checkpointing": True},
+    "bf16": {"compute_dtype": "bfloat16", "rows": 16},
+    "grouped-qk-norm": {"num_key_value_heads": 2, "qk_norm": True, "rows": 16},
+    "packed": {"packed": True, "rows": 16},
+    "muon": {"name": "muon", "rows": 16},
+    "8-bit": {"state_bits": 8, "hidden_size": 256, "head_dim": 64},
+}
+
+
+@pytest.mark.parametrize("case", CASES.values(), ids=list(CASES))
+def test_planned_bytes_are_within_15_percent(
+    case: dict[str, Any], make_batch: Callable[..., Batch], live_bytes: Any
+) -> None:
+    """A plan that is too low ends in an out-of-memory kill at night; one too high wastes a card."""
+    fields = BASE | {key: value for key, value in case.items() if key in ModelConfig.model_fields}
+    model = ModelConfig.model_validate(fields)
+    rows, dtype = case.get("rows", 8), case.get("compute_dtype", "float32")
+    checkpointing = case.get("activation_checkpointing", False)
+    options = SessionOptions(
+        OptimizerTable(name=case.get("name", "adamw"), state_bits=case.get("state_bits", 32))
+    )
+    batch = make_batch(rows, 128, model.vocab_size, packed=case.get("packed", False))
+    with live_bytes() as watch:
+        session = TorchSession(model, options, Plan(rows, checkpointing, dtype, 128, rows), CPU)
+        for _ in range(2):
+            session.train_step(batch, lr=1e-3).result()
+    costs = memory_costs(model, options, dtype, CPU)
+    per_token = costs.per_token_checkpointed_bytes if checkpointing else costs.per_token_bytes
+    planned = costs.per_parameter_bytes * model.num_parameters() + costs.loss_chunk_bytes
+    planned += per_token * rows * 128
+    assert abs(planned / watch.peak - 1) < 0.15, f"planned {planned:.0f}, measured {watch.peak}"
+
+
+def test_process_without_a_model_is_the_fixed_part() -> None:
+    """On a CPU the interpreter and the libraries come first; measured in a fresh process."""
+    code = "import torch, psutil, solollm_torch.session; print(psutil.Process().memory_info().rss)"
+    command = [sys.executable, "-c", code]
+    resident = int(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+    assert 0.3 * CPU_PROCESS_BYTES < resident < 1.15 * CPU_PROCESS_BYTES
