@@ -20,7 +20,7 @@ from solollm.tokenizer import SPECIAL_TOKENS, Tokenizer, config_bytes
 from solollm.tokenizer_format import byte_alphabet, write_format
 
 MAX_RESERVED_TOKENS = 64
-_MAX_DISTINCT_WORDS = 1 << 20
+_MAX_DISTINCT_WORDS = 1 << 19
 _MANY_PLACES = 64
 _BORDER, _GONE = -1, -2  # in the symbol array: between two words, merged into its left neighbour
 
@@ -34,7 +34,7 @@ def train_tokenizer(
 ) -> Tokenizer:
     """A tokenizer whose merges are the most frequent in `texts`; equal texts give equal files.
 
-    Memory is bounded by the distinct words: past a million of them the rarest are forgotten.
+    Memory is bounded by the distinct words: past half a million of them the rarest are forgotten.
 
     Args:
         vocab_size: special tokens, 256 bytes and merges together. Fewer where the texts run
