@@ -24,7 +24,7 @@ _LLAMA3_PATTERN = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
     r"|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
-_KNOWN_PATTERNS = (
+KNOWN_PATTERNS = (
     GPT2_PATTERN,
     _LLAMA3_PATTERN,
     _LLAMA3_PATTERN.replace(r"\p{N}{1,3}", r"\p{N}"),  # Qwen 2 and 3
@@ -112,6 +112,7 @@ def read_format(content: bytes, path: Path) -> TokenizerFormat:
     )  # fmt: skip
     removed = {"truncation": None, "padding": None, "post_processor": None}
     own = top.get("pre_tokenizer") == _OWN_PRE_TOKENIZER and top.get("normalizer") is None
+    own = own and added.keys() == special.keys()  # the library finds other added tokens in text
     return TokenizerFormat(
         vocabulary=vocabulary,
         added=added,
@@ -223,7 +224,7 @@ class _Checker:
             )
             if kind == "Split":
                 pattern = part.get("pattern")
-                known = isinstance(pattern, dict) and pattern.get("Regex") in _KNOWN_PATTERNS
+                known = isinstance(pattern, dict) and pattern.get("Regex") in KNOWN_PATTERNS
                 self.require(known, "pre_tokenizer", f"splits by the unknown {pattern!r:.120}")
         self.require(_kind(parts[-1]) == "ByteLevel", "pre_tokenizer", "does not end in ByteLevel")
 

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 
 from solollm.errors import ConfigError, DataError, IntegrityError
 from solollm.tokenizer import CONFIG, SPECIAL_TOKENS, TOKENIZER, Tokenizer
-from solollm.tokenizer_format import write_format
+from solollm.tokenizer_format import KNOWN_PATTERNS, write_format
 from solollm.tokenizer_training import train_tokenizer
 
 TEXT = Path(json.__file__).read_text(encoding="utf-8") + "  in 2026: naïve 日本語 🙂\n" * 9
@@ -296,6 +296,8 @@ def test_missing_files_are_named(tmp_path: Path, tokenizer: Tokenizer) -> None:
 
 # --- foreign files ------------------------------------------------------------------------------
 
+FLAGS = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
+
 
 def foreign_files(**changes: Any) -> dict[str, bytes]:
     """A tokenizer in the layout that GPT-2 and its kin have: no digits rule, one special token."""
@@ -319,11 +321,46 @@ def test_a_foreign_tokenizer_loads_after_a_trial_in_a_child() -> None:
         tokenizer.apply_chat_template(CONVERSATION)
 
 
-def test_a_foreign_tokenizer_equals_the_plain_library() -> None:
+BYTE_LEVEL = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True}
+LAYOUTS: dict[str, dict[str, Any]] = {
+    "GPT-2": {},
+    "Llama 3": {
+        "pre_tokenizer": {
+            "type": "Sequence",
+            "pretokenizers": [
+                {"type": "Split", "pattern": {"Regex": KNOWN_PATTERNS[1]}, "behavior": "Isolated",
+                 "invert": False},
+                BYTE_LEVEL | {"use_regex": False},
+            ],
+        },
+    },
+    "Qwen": {
+        "normalizer": {"type": "NFC"},
+        "pre_tokenizer": {
+            "type": "Sequence",
+            "pretokenizers": [
+                {"type": "Split", "pattern": {"Regex": KNOWN_PATTERNS[2]}, "behavior": "Isolated",
+                 "invert": False},
+                BYTE_LEVEL | {"use_regex": False},
+            ],
+        },
+    },
+    "own with an added token that is not special": {
+        "pre_tokenizer": json.loads(write_format(["x"], []))["pre_tokenizer"],
+        "added_tokens": [
+            {"id": 0, "content": "<|endoftext|>", "special": True, **FLAGS},
+            {"id": 259, "content": "the 1", "special": False, **FLAGS},
+        ],
+    },
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_a_foreign_tokenizer_equals_the_plain_library(layout: str) -> None:
     """It must not be sent through the fast encoder, which knows one pre-tokenizer only."""
     from tokenizers import Tokenizer as PlainTokenizer
 
-    files = foreign_files()
+    files = foreign_files(**LAYOUTS[layout])
     tokenizer, plain = Tokenizer(files), PlainTokenizer.from_str(files[TOKENIZER].decode())
     tokenizer._slow_chars = 0
     text = "the 12 345  6" * 10
