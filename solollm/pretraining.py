@@ -8,19 +8,20 @@ weights to start from are vetted in `solollm.starting_weights`.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import closing
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from solollm.backend import Backend, Batch, Plan, TrainSession
 from solollm.checkpoint import Checkpoint, Environment, latest_checkpoint
 from solollm.config import RunConfig
+from solollm.continuation import compare, look_ahead, require_continuation, tolerance_between
 from solollm.data.shards import read_index
-from solollm.data.stream import require_fingerprint
+from solollm.data.stream import StepStream, require_fingerprint
+from solollm.environments import Recorded, environment_of, for_here, lineage_entry
 from solollm.errors import ConfigError, IntegrityError, SoloLLMError
-from solollm.hardware import read_machine
 from solollm.horizon import (
     Shape,
     deepest_shape,
@@ -40,6 +41,13 @@ from solollm.runs import Run
 from solollm.starting_weights import StartingWeights, read_starting_weights
 from solollm.tokenizer import Tokenizer
 from solollm.trainer import Progress, Sink, Trainer, TrainResult, Workload
+
+
+class Start(NamedTuple):
+    """Where a run goes on from, and what that was trained in."""
+
+    checkpoint: Checkpoint
+    recorded: Recorded
 
 
 @dataclass(frozen=True)
@@ -83,12 +91,16 @@ def resume(
 ) -> TrainResult:
     """Go on from the newest intact checkpoint of `run`, or from the start if it has none yet.
 
-    On the backend and device that wrote the checkpoint the continuation is bitwise: micro-batch,
-    dtype, threads and compile setting are kept. `corpus` says where the corpus lies now; it must be
-    the same one. A finished run is left alone: `start_step` of the result is then its last step.
+    On the machine and backend that wrote the checkpoint the continuation is bitwise: micro-batch,
+    dtype, threads and compile setting are kept; elsewhere they are planned anew for the same global
+    batch. Either way what comes next is first compared with what the checkpoint's certificate
+    promises, where it does (`solollm.continuation`). `corpus` says where the corpus lies now; it
+    must be the same one. A finished run is left alone: `start_step` of the result is then its last
+    step.
 
     Raises:
-        IntegrityError: no checkpoint is intact, or another corpus; nothing was changed.
+        IntegrityError: no checkpoint is intact, another corpus, or what comes next is not what
+            was promised; nothing was changed.
         RunLocked: another process trains it.
         ConfigError, BackendError, PlanError, and as `Trainer.fit`.
     """
@@ -106,19 +118,20 @@ def resume(
             config = updated(config, "data", corpus=str(corpus))
         if checkpoint is not None and checkpoint.step >= (config.train.steps or 0):
             return _finished(opened, checkpoint)
-        recorded = checkpoint.state.environment if checkpoint else None
+        recorded = Recorded.of(opened, checkpoint) if checkpoint else None
         prepared = prepare(config, backend=backend, recorded=recorded)
         sinks = [*sinks, *open_sinks(config.log.sinks, run)]
         notes = [{"kind": "checkpoint_damaged", "reason": problem} for problem in damaged]
-        return _train(opened, prepared, checkpoint, sinks=sinks, notes=notes)
+        start = Start(checkpoint, recorded) if checkpoint and recorded else None
+        return _train(opened, prepared, start, sinks=sinks, notes=notes)
 
 
 def prepare(
-    config: RunConfig, *, backend: str = "auto", recorded: Environment | None = None
+    config: RunConfig, *, backend: str = "auto", recorded: Recorded | None = None
 ) -> Preparation:
     """Choose the backend, fill in what the config leaves open, and plan; writes nothing.
 
-    `recorded` is what the run trained in so far: on the same backend and device it is kept.
+    `recorded` is what the run trained in so far: on the same machine and backend it is kept.
     """
     if not config.data.corpus:
         raise ConfigError(
@@ -129,9 +142,8 @@ def prepare(
     tokenizer = _tokenizer_of(Path(config.data.corpus))
     selected = _select(backend, config, recorded)
     chosen = selected.backend
-    device = chosen.capabilities().device
-    if recorded is not None and (recorded.backend, recorded.device) == (chosen.name, device):
-        config = _as_recorded(config, recorded)
+    if recorded is not None:
+        config = for_here(config, recorded, chosen)
     weights = None
     if config.train.init_from:
         weights = read_starting_weights(Path(config.train.init_from), tokenizer)
@@ -155,26 +167,24 @@ def prepare(
 def _train(
     run: Run,
     prepared: Preparation,
-    checkpoint: Checkpoint | None,
+    start: Start | None,
     *,
     sinks: Sequence[Sink],
     notes: Sequence[Row] = (),
 ) -> TrainResult:
-    """Train from `checkpoint`, or from the start. The caller holds the lock."""
+    """Train from `start`, or from nothing. The caller holds the lock."""
     config, shape = prepared.config, prepared.shape
     streams = open_streams(config, batch_size=shape.batch_size, seq_len=shape.seq_len)
-    if checkpoint is not None:
-        require_fingerprint(streams.train, checkpoint.state.data.fingerprint)
-    options = session_options(config, prepared.backend)
-    session = prepared.backend.train_session(shape.model, options, prepared.plan)
+    session = open_session(prepared, streams, start.checkpoint if start else None)
     with closing(session):
-        _load(session, prepared, checkpoint)
-        environment = _environment(prepared, session)
-        progress = _progress(checkpoint)
+        environment = environment_of(prepared.backend, prepared.plan, session)
+        progress = _progress(start.checkpoint if start else None)
+        resumed: list[Row] = []
+        if start is not None:
+            resumed = _go_on(run, start, session, stream=streams.train, environment=environment)
         run.rewind_metrics(progress.step)
         run.write_plan(asdict(prepared.plan))
-        changes = list(_changes(run, checkpoint, environment))
-        run.record_lineage(progress.step, _lineage(environment))
+        run.record_lineage(progress.step, lineage_entry(environment))
         work = Workload(
             session=session,
             stream=streams.train,
@@ -184,12 +194,63 @@ def _train(
             bytes_per_target=streams.first.bytes_per_target,
             validation=streams.validation,
             facts=_facts(prepared, streams),
-            notes=[*notes, *changes],
+            notes=[*notes, *resumed],
+            rehearsed=any(row["kind"] == "continuation_proven" for row in resumed),
         )
         try:
             return Trainer(work, run, progress=progress, sinks=sinks).fit()
         finally:
             _report(run)
+
+
+def open_session(
+    prepared: Preparation, streams: RunStreams, checkpoint: Checkpoint | None
+) -> TrainSession:
+    """A session in the state of `checkpoint`, whose files are closed then; or one at the start.
+
+    Raises:
+        IntegrityError: the data is not what the checkpoint was trained on.
+    """
+    if checkpoint is not None:
+        require_fingerprint(streams.train, checkpoint.state.data.fingerprint)
+    options = session_options(prepared.config, prepared.backend)
+    session = prepared.backend.train_session(prepared.shape.model, options, prepared.plan)
+    try:
+        if checkpoint is not None:
+            session.import_parameters(checkpoint.parameters())
+            session.import_optimizer(checkpoint.optimizer(), checkpoint.state.session_state)
+            checkpoint.close()  # or its disk space would stay taken after it is pruned
+        elif prepared.starting_weights is not None:
+            session.import_parameters(prepared.starting_weights.parameters())
+    except BaseException:
+        session.close()
+        raise
+    return session
+
+
+def _go_on(
+    run: Run, start: Start, session: TrainSession, *, stream: StepStream, environment: Environment
+) -> list[Row]:
+    """Prove that the run goes on as it would have, and tell what is not as it was, as events.
+    Raises IntegrityError, with nothing of the run changed."""
+    checkpoint, recorded = start
+    step, promised = checkpoint.step, checkpoint.certificate.continuation
+    rows: list[Row] = [{"kind": "resumed", "step": step, "checkpoint": checkpoint.path.name}]
+    changes = recorded.changes(environment)
+    if changes:
+        rows.append({"kind": "environment_changed", "step": step, "changes": "; ".join(changes)})
+    if promised is None:
+        return rows
+    tolerance = tolerance_between(
+        recorded.environment, environment, same_machine=recorded.is_same_machine
+    )
+    found = look_ahead(session, stream, step)
+    comparison = compare(promised, found, step=step, tolerance=tolerance)
+    fields = {"step": step, **comparison._asdict(), "result": str(comparison)}
+    if not comparison.holds:
+        run.append_event("continuation_refused", **fields)
+    require_continuation(comparison, checkpoint.path.name)
+    return [*rows, {"kind": "continuation_proven", **fields}]
 
 
 def _report(run: Run) -> None:
@@ -212,78 +273,15 @@ def _tokenizer_of(corpus: Path) -> Tokenizer:
     return tokenizer
 
 
-def _select(name: str, config: RunConfig, recorded: Environment | None) -> Selected:
-    """The backend asked for, else the config's, else the one the run trained on, else the best."""
+def _select(name: str, config: RunConfig, recorded: Recorded | None) -> Selected:
+    """The backend asked for, else the config's, else the one the run trained on if it was on this
+    machine, else the best here."""
     asked = name if name != "auto" else config.backend
-    if asked == "auto" and recorded is not None:
+    if asked == "auto" and recorded is not None and recorded.is_same_machine:
         usable = {c.name for c in find_backends() if c.probe.available and c.factory is not None}
-        asked = recorded.backend if recorded.backend in usable else "auto"
+        before = recorded.environment.backend
+        asked = before if before in usable else "auto"
     return select_backend(asked)
-
-
-def _as_recorded(config: RunConfig, recorded: Environment) -> RunConfig:
-    """`config` with the settings that decide bits pinned to what the run trained in so far."""
-    pinned = updated(
-        config,
-        "train",
-        micro_batch_size=recorded.micro_batch_size,
-        compute_dtype=recorded.compute_dtype,
-        activation_checkpointing=recorded.activation_checkpointing,
-    )
-    options = {**config.backend_options.get(recorded.backend, {}), **recorded.settings}
-    return pinned.model_copy(
-        update={"backend_options": {**config.backend_options, recorded.backend: options}}
-    )
-
-
-def _environment(prepared: Preparation, session: TrainSession) -> Environment:
-    capabilities = prepared.backend.capabilities()
-    return Environment(
-        backend=prepared.backend.name,
-        device=capabilities.device,
-        versions=dict(capabilities.versions),
-        micro_batch_size=prepared.plan.micro_batch_size,
-        compute_dtype=prepared.plan.compute_dtype,
-        activation_checkpointing=prepared.plan.activation_checkpointing,
-        world_size=session.world_size,
-        settings=dict(session.settings),
-    )
-
-
-def _lineage(environment: Environment) -> dict[str, Any]:
-    return {"cpu": read_machine().cpu, **environment.model_dump(mode="json")}
-
-
-def _changes(
-    run: Run, checkpoint: Checkpoint | None, environment: Environment
-) -> Iterator[dict[str, Any]]:
-    """Events: the run was resumed, and what is not as it was and may change bits."""
-    if checkpoint is None:
-        return
-    yield {"kind": "resumed", "step": checkpoint.step, "checkpoint": checkpoint.path.name}
-    parts = [part for part in run.read_lineage() if part["first_step"] <= checkpoint.step]
-    before = dict(parts[-1]["environment"]) if parts else {}
-    before |= checkpoint.state.environment.model_dump(mode="json")
-    changes = [
-        f"{key} was {before[key]}, is {value}"
-        for key, value in _lineage(environment).items()
-        if key in before and before[key] != value
-    ]
-    if changes:
-        yield {
-            "kind": "environment_changed",
-            "step": checkpoint.step,
-            "changes": "; ".join(changes),
-        }
-
-
-def _load(session: TrainSession, prepared: Preparation, checkpoint: Checkpoint | None) -> None:
-    if checkpoint is not None:
-        session.import_parameters(checkpoint.parameters())
-        session.import_optimizer(checkpoint.optimizer(), checkpoint.state.session_state)
-        checkpoint.close()  # or its disk space would stay taken after it is pruned
-    elif prepared.starting_weights is not None:
-        session.import_parameters(prepared.starting_weights.parameters())
 
 
 def _progress(checkpoint: Checkpoint | None) -> Progress:

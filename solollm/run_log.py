@@ -10,7 +10,8 @@ is not finite is null:
     kind "sample"  step prompt text
 
 The events of `events.jsonl`: step_skipped, checkpoint_saved, checkpoint_damaged,
-checkpoint_not_deleted, resumed, stopped, environment_changed, sink_failed, report_failed.
+checkpoint_not_deleted, resumed, stopped, environment_changed, sink_failed, report_failed;
+continuation_proven, continuation_refused, continuation_missing (see `solollm.continuation`).
 """
 
 from __future__ import annotations

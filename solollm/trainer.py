@@ -1,9 +1,8 @@
 """The loop: take a batch, take a step, write down, evaluate, save, until the last step or a signal.
 
 Read `Trainer.fit` first; everything else here is one of its lines. A session computes, a stream
-gives the batch of a step, `schedule.lr_at` its learning rate, `run_log` writes down,
-`checkpoint_writer` saves on its own thread. How these are made from a configuration:
-`solollm.pretraining`.
+gives the batch of a step, `schedule.lr_at` its learning rate, `run_log` writes down, and
+`checkpoint_writer` saves on its own thread. What makes these of a config: `solollm.pretraining`.
 """
 
 from __future__ import annotations
@@ -21,8 +20,9 @@ from solollm.architecture import ModelConfig
 from solollm.backend import PendingMetrics, StepMetrics, TrainSession
 from solollm.checkpoint import DataPosition, Environment, TrainerState
 from solollm.checkpoint_writer import CheckpointContents, CheckpointWriter
+from solollm.continuation import dry_run, promise
 from solollm.data.stream import BatchStream, Prefetch, StepStream
-from solollm.errors import BackendError, SoloLLMError, StoppedBySignal
+from solollm.errors import SoloLLMError, StoppedBySignal
 from solollm.held_out import HeldOut, bits_per_byte, held_out_loss, samples
 from solollm.run_log import Row, RunLog, Sink, finite
 from solollm.runs import Run
@@ -49,7 +49,8 @@ class Progress:
 @dataclass(frozen=True)
 class Workload:
     """What a trainer works on. `environment`, what a bitwise resume depends on, is stored in every
-    checkpoint; `facts` are told to sinks at the start, and after them `notes`, as events."""
+    checkpoint; `facts` are told to sinks at the start, then `notes`, as events. A session that is
+    `rehearsed` needs no dry run."""
 
     session: TrainSession
     stream: StepStream
@@ -60,6 +61,7 @@ class Workload:
     validation: BatchStream | None = None
     facts: Row = field(default_factory=dict)
     notes: Sequence[Row] = ()
+    rehearsed: bool = False
 
 
 @dataclass(frozen=True)
@@ -178,14 +180,8 @@ class Trainer:
             self._log.event(**note)
         with closing(self._session.snapshot()) as snapshot:
             self._writer.require_room(snapshot)
-        metrics = self._session.probe_step(batches.batch(self._progress.step))
-        if not (math.isfinite(metrics.loss) and math.isfinite(metrics.grad_norm)):
-            raise BackendError(
-                f"the dry run of step {self._progress.step + 1} is not finite:"
-                f" loss {metrics.loss}, gradient norm {metrics.grad_norm}",
-                why="the weights or the numerics are broken before any training",
-                fix="check --init-from, or train with --set train.compute_dtype=float32",
-            )
+        if not self._work.rehearsed:
+            dry_run(self._session, batches.batch(self._progress.step), self._progress.step)
         self._interval = _Interval(self._clock())
 
     def _launch(self, batches: Prefetch) -> None:
@@ -343,6 +339,10 @@ class Trainer:
         if self._saved_step != self._progress.step:
             self._save(rank=False)
         self._note_finished_save(wait=True)
+        assert self._checkpoint is not None, "a stop has saved"
+        work, step = self._work, self._progress.step
+        if problem := promise(self._checkpoint, work.session, work.stream, step):
+            self._log.event("continuation_missing", reason=problem)
         name = signal.Signals(signal_number).name
         self._log.event("stopped", step=self._progress.step, signal=name)
         raise StoppedBySignal(

@@ -33,6 +33,8 @@ _NOTES = {
     "checkpoint_damaged": "a damaged checkpoint was passed over: {detail}",
     "resumed": "resumed after step {step}",
     "stopped": "stopped by {signal} after step {step}",
+    "continuation_proven": "what comes next is what was promised: {result}",
+    "continuation_missing": "what comes next could not be written down: {detail}",
     "environment_changed": "this is not the environment of before: {detail}",
     "sink_failed": "{sink} failed and is off: {error}",
 }
