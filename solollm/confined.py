@@ -98,6 +98,8 @@ class Confined:
             reply: dict[str, Any] = json.loads(answer)
             return reply
         child = self._child
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            child.wait(timeout=5)  # it is dying: its own exit code tells why
         self.close()
         raise IntegrityError(
             "a foreign file was stopped in its child process",
