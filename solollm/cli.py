@@ -26,6 +26,7 @@ COMMANDS = {
     "resume": "Continue an interrupted run.",
     "generate": "Complete a prompt.",
     "chat": "Talk to a model.",
+    "export": "Write a model as a folder for transformers, vLLM or mlx-lm.",
     "runs": "List, show and verify runs.",
     "verify": "Prove that killed runs resume to the same bits.",
     "bench": "Measure training speed against other stacks.",

@@ -5,7 +5,7 @@ Widening is exact. What is too large for the narrower dtype is an error, never a
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 
 import numpy as np
 
@@ -39,6 +39,14 @@ def rounded(name: str, tensor: HostTensor, dtype: DType) -> HostTensor:
                 fix="take another --dtype: bfloat16, or float32",
             )
     return HostTensor(dtype, tensor.shape, result.reshape(tensor.shape))
+
+
+def common_dtype(dtypes: Collection[str]) -> DType:
+    """The narrowest dtype that holds weights of all these exactly."""
+    for dtype in ("BF16", "F16"):
+        if set(dtypes) == {dtype}:
+            return DTYPE_TAGS[DTYPE_NAMES[dtype]]
+    return "F32"
 
 
 def _narrowed(values: np.ndarray, dtype: DType) -> np.ndarray:

@@ -1,0 +1,9 @@
+"""Models for other programs: `export_model` writes a checkpoint as a folder that they load.
+
+`exporter` is the way from a source to the folder, `source` what can be exported, `card` the
+README.md that goes with it. The reverse is `solollm.importing`.
+"""
+
+from solollm.export.exporter import ExportReport, Target, export_model
+
+__all__ = ["ExportReport", "Target", "export_model"]

@@ -1,0 +1,201 @@
+"""From a checkpoint to a folder that transformers, mlx-lm, vLLM and others load.
+
+One layout serves them all; for mlx-lm the matrices may be quantised besides. Weights go through one
+at a time: read and proven, rounded, quantised, written.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+from solollm.affine_codec import quantize
+from solollm.architecture import ModelConfig, parameter_table
+from solollm.backend import ComputeDType, DType, HostTensor, TensorSource
+from solollm.errors import ConfigError
+from solollm.export.card import CardFacts, model_card, read_training
+from solollm.export.source import Source, open_source
+from solollm.model_folder import (
+    CONFIG,
+    GENERATION,
+    SHARD_BYTES,
+    require_free,
+    write_model_folder,
+)
+from solollm.rounding import DTYPE_NAMES, DTYPE_TAGS, common_dtype, rounded
+from solollm.strictfile import encode_json
+from solollm.tensorheader import Spec
+
+Target = Literal["hf", "mlx"]
+QUANTIZED_BITS = (4, 8)
+GROUP_SIZE = 64
+
+
+@dataclass(frozen=True)
+class ExportReport:
+    """What was written. `source`: the folder it was made from; `plain_matrices`: those that stay in
+    `dtype` although `bits` was asked for, because their rows do not divide into groups."""
+
+    out: Path
+    source: Path
+    target: Target
+    dtype: ComputeDType
+    bits: int | None
+    num_parameters: int
+    num_bytes: int
+    plain_matrices: tuple[str, ...]
+    notes: tuple[str, ...]
+
+
+def export_model(
+    source: Path,
+    out: Path,
+    *,
+    target: Target = "hf",
+    dtype: ComputeDType | None = None,
+    bits: int | None = None,
+    shard_bytes: int = SHARD_BYTES,
+) -> ExportReport:
+    """Write a run's newest checkpoint, a checkpoint or a model folder as the model folder `out`.
+
+    Args:
+        target: "hf" for transformers, vLLM and others; "mlx" for mlx-lm.
+        dtype: of the weights; default: what they are stored in. Rounded to nearest, ties to even.
+        bits: 4 or 8, "mlx" only: matrices as affine codes in groups of 64, with the bits of
+            `mx.quantize`; `dtype` is then that of norms and scales.
+
+    Raises:
+        ConfigError: settings that do not go together, `out` is taken, no model at `source`, a
+            weight that does not fit `dtype`.
+        IntegrityError: damaged files; nothing is written.
+        StorageError: the disk is full or failing; nothing is left at `out`.
+    """
+    _check_bits(target, bits)
+    require_free(out)
+    with open_source(source) as opened:
+        tag = DTYPE_TAGS[dtype] if dtype else common_dtype(opened.dtypes)
+        layout = Layout.of(opened.model, tag, bits)
+        config = opened.model.to_hf(torch_dtype=DTYPE_NAMES[tag], **opened.token_ids)
+        files = {
+            CONFIG: encode_json(config | layout.config()),
+            GENERATION: encode_json(dict(opened.generation)),
+            **opened.tokenizer.files(),
+            "README.md": _card(opened, out.resolve().name, target, layout).encode(),
+        }
+        tensors = layout.tensors(opened.tensors)
+        num_bytes = write_model_folder(out, files, layout.specs(), tensors, shard_bytes=shard_bytes)
+        return ExportReport(
+            out=out,
+            source=opened.path,
+            target=target,
+            dtype=DTYPE_NAMES[tag],
+            bits=bits,
+            num_parameters=opened.model.num_parameters(),
+            num_bytes=num_bytes,
+            plain_matrices=layout.plain_matrices(),
+            notes=opened.notes,
+        )
+
+
+class Layout(NamedTuple):
+    """The tensors of an export: the model's own, matrices in codes where `bits` says so."""
+
+    shapes: Mapping[str, tuple[int, ...]]
+    dtype: DType
+    bits: int | None
+
+    @classmethod
+    def of(cls, model: ModelConfig, dtype: DType, bits: int | None) -> Layout:
+        return cls({spec.name: spec.shape for spec in parameter_table(model)}, dtype, bits)
+
+    def config(self) -> dict[str, Any]:
+        """What `config.json` says of the codes; mlx-lm writes both keys, and so do we."""
+        if self.bits is None:
+            return {}
+        settings = {"group_size": GROUP_SIZE, "bits": self.bits, "mode": "affine"}
+        return {"quantization": settings, "quantization_config": settings}
+
+    def specs(self) -> list[Spec]:
+        """Name, dtype and shape of every tensor of the files, in order."""
+        return [spec for name in self.shapes for spec in self._specs_of(name)]
+
+    def tensors(self, source: TensorSource) -> Iterator[tuple[str, HostTensor]]:
+        """The tensors that `specs` promises."""
+        for name in self.shapes:
+            tensor = rounded(name, source.read(name), self.dtype)
+            if self._is_quantized(name):
+                yield from self._codes(name, tensor)
+            else:
+                yield name, tensor
+
+    def plain_matrices(self) -> tuple[str, ...]:
+        """The matrices that are no codes although codes were asked for."""
+        if self.bits is None:
+            return ()
+        matrices = [name for name, shape in self.shapes.items() if len(shape) == 2]
+        return tuple(name for name in matrices if not self._is_quantized(name))
+
+    def _is_quantized(self, name: str) -> bool:
+        shape = self.shapes[name]
+        return self.bits is not None and len(shape) == 2 and shape[1] % GROUP_SIZE == 0
+
+    def _specs_of(self, name: str) -> list[Spec]:
+        shape = self.shapes[name]
+        if self.bits is None or not self._is_quantized(name):
+            return [(name, self.dtype, shape)]
+        rows, columns = shape
+        groups = (rows, columns // GROUP_SIZE)
+        codes, scales, biases = _part_names(name)
+        return [
+            (codes, "U32", (rows, columns * self.bits // 32)),
+            (scales, self.dtype, groups),
+            (biases, self.dtype, groups),
+        ]
+
+    def _codes(self, name: str, tensor: HostTensor) -> Iterator[tuple[str, HostTensor]]:
+        assert self.bits is not None
+        matrix = quantize(tensor.float32(), bits=self.bits, group_size=GROUP_SIZE)
+        codes, scales, biases = _part_names(name)
+        yield codes, HostTensor("U32", matrix.codes.shape, matrix.codes)
+        yield scales, rounded(scales, HostTensor.of(matrix.scales), self.dtype)
+        yield biases, rounded(biases, HostTensor.of(matrix.biases), self.dtype)
+
+
+def _part_names(name: str) -> tuple[str, str, str]:
+    prefix = name.removesuffix("weight")
+    return name, f"{prefix}scales", f"{prefix}biases"
+
+
+def _check_bits(target: Target, bits: int | None) -> None:
+    if bits is None:
+        return
+    if target != "mlx":
+        raise ConfigError(
+            f"--bits {bits} goes with --to mlx only",
+            why="affine codes are mlx-lm's; transformers refuses such a folder",
+            fix="leave --bits out, or export --to mlx",
+        )
+    if bits not in QUANTIZED_BITS:
+        raise ConfigError(f"--bits {bits} is not 4 or 8", fix="choose 4 or 8")
+
+
+def _card(source: Source, name: str, target: Target, layout: Layout) -> str:
+    return model_card(
+        CardFacts(
+            name=name,
+            model=source.model,
+            target=target,
+            weights=_weights_line(layout),
+            training=read_training(source.run, source.state),
+            origin=source.origin,
+        )
+    )
+
+
+def _weights_line(layout: Layout) -> str:
+    dtype = DTYPE_NAMES[layout.dtype]
+    if layout.bits is None:
+        return dtype
+    return f"{layout.bits}-bit affine codes in groups of {GROUP_SIZE}; scales and norms {dtype}"

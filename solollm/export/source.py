@@ -1,0 +1,106 @@
+"""What can be exported: a run, a checkpoint, or a plain model folder such as an imported one."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from solollm.architecture import ModelConfig
+from solollm.backend import TensorSource
+from solollm.checkpoint import TrainerState, check_parameters, open_checkpoint
+from solollm.completion import find_checkpoint
+from solollm.errors import ConfigError, IntegrityError
+from solollm.manifest import MANIFEST
+from solollm.model_folder import (
+    CONFIG,
+    GENERATION,
+    Origin,
+    read_model,
+    read_origin,
+    read_table,
+    token_ids,
+)
+from solollm.tensorfile import Weights, open_weights
+from solollm.tokenizer import Tokenizer
+
+
+@dataclass(frozen=True)
+class Source:
+    """An opened model. `tensors` proves what it reads where the source is a checkpoint; `dtypes`
+    are those its weights are stored in; `state` and `run` are a checkpoint's, `origin` an imported
+    model's."""
+
+    path: Path
+    model: ModelConfig
+    tensors: TensorSource
+    dtypes: frozenset[str]
+    token_ids: Mapping[str, int]
+    generation: Mapping[str, Any]
+    tokenizer: Tokenizer
+    state: TrainerState | None
+    run: Path | None
+    origin: Origin | None
+    notes: tuple[str, ...]
+
+
+@contextmanager
+def open_source(path: Path) -> Iterator[Source]:
+    """Open what `path` means: the newest intact checkpoint of a run, or the folder itself.
+
+    Raises:
+        ConfigError: no model there.
+        IntegrityError: damaged files, or weights that are not the model's own.
+    """
+    folder, notes = find_checkpoint(path)
+    with ExitStack() as stack:
+        weights = open_weights(folder)
+        stack.callback(weights.close)
+        tensors: TensorSource = weights
+        state = None
+        if (folder / MANIFEST).exists():
+            checkpoint = open_checkpoint(folder, verify="sizes")
+            stack.callback(checkpoint.close)
+            state, tensors = checkpoint.state, checkpoint.parameters()
+        raw = read_table(folder / CONFIG)
+        model = read_model(raw, folder / CONFIG)
+        _require_own_layout(weights, model, folder)
+        run = folder.resolve().parent.parent
+        yield Source(
+            path=folder,
+            model=model,
+            tensors=tensors,
+            dtypes=frozenset(weights.info(name).dtype for name in weights.names()),
+            token_ids=token_ids(raw),
+            generation=_generation(folder, raw),
+            tokenizer=_tokenizer(folder),
+            state=state,
+            run=run if (run / "run.toml").is_file() else None,
+            origin=read_origin(folder),
+            notes=notes,
+        )
+
+
+def _require_own_layout(weights: Weights, model: ModelConfig, folder: Path) -> None:
+    try:
+        check_parameters(weights, model)
+    except IntegrityError as error:
+        fix = f"if it is another program's: solollm import {folder} --out models/NAME, then that"
+        raise IntegrityError(error.what, why=error.why, fix=fix) from error
+
+
+def _generation(folder: Path, raw: Mapping[str, Any]) -> dict[str, Any]:
+    path = folder / GENERATION
+    return read_table(path) if path.is_file() else dict(token_ids(raw))
+
+
+def _tokenizer(folder: Path) -> Tokenizer:
+    if not (folder / "tokenizer.json").is_file():
+        raise ConfigError(
+            f"{folder} holds no tokenizer",
+            why="a model without its tokenizer.json is of no use to anybody",
+            fix="copy the files of the tokenizer it was trained with into that folder",
+        )
+    return Tokenizer.load(folder)

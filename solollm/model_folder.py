@@ -1,0 +1,116 @@
+"""A plain Hugging Face model folder: writing it whole, and reading the files beside its weights.
+
+Exports and imports are such folders; a checkpoint, which carries proofs besides, is written by
+`solollm.checkpoint`. The weights themselves are read by `solollm.tensorfile.open_weights`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from itertools import islice
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from solollm import durable
+from solollm.architecture import ModelConfig
+from solollm.backend import HostTensor
+from solollm.data.placement import swept
+from solollm.errors import ConfigError
+from solollm.strictfile import encode_json, parse_json, read_bytes, refused
+from solollm.tensorfile import FOR_TRANSFORMERS, INDEX, shard_index, split_shards, write_tensors
+from solollm.tensorheader import Spec, spec_bytes
+
+SHARD_BYTES = 4_000_000_000
+CONFIG, GENERATION, ORIGIN = "config.json", "generation_config.json", "origin.json"
+TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
+_HEADROOM = 1.1
+
+
+def write_model_folder(
+    out: Path,
+    files: Mapping[str, bytes],
+    specs: Sequence[Spec],
+    tensors: Iterable[tuple[str, HostTensor]],
+    *,
+    shard_bytes: int = SHARD_BYTES,
+) -> int:
+    """Write the folder `out`, whole or not at all, one tensor live; returns its size in bytes.
+
+    `specs` promise the tensors that come, in order.
+
+    Raises:
+        ConfigError: `out` is taken.
+        StorageError: no room, or the disk fails; nothing is left at `out`.
+    """
+    require_free(out)
+    durable.make_directory(out.parent)
+    expected = sum(spec_bytes(dtype, shape) for _, dtype, shape in specs)
+    durable.require_space(out.parent, int(_HEADROOM * expected))
+    with swept(out), durable.staged_directory(out) as folder:
+        for name, content in files.items():
+            _write(folder / name, content)
+        shards, stream = split_shards(specs, shard_bytes), iter(tensors)
+        for name, shard in shards.items():
+            part = islice(stream, len(shard))
+            write_tensors(folder / name, shard, part, FOR_TRANSFORMERS)
+        if len(shards) > 1:
+            _write(folder / INDEX, encode_json(shard_index(shards)))
+        return sum(path.stat().st_size for path in folder.iterdir())
+
+
+def require_free(out: Path) -> None:
+    """Raise ConfigError unless nothing, or an empty folder, stands at `out`."""
+    if out.exists() and not (out.is_dir() and not any(out.iterdir())):
+        raise ConfigError(
+            f"{out} exists already",
+            why="a model folder is never written over something else",
+            fix="choose another --out, or move that away",
+        )
+
+
+class Origin(NamedTuple):
+    """Where an imported model came from: its hub id or its folder's name, the hub's revision, and
+    what its weights were stored as there."""
+
+    name: str
+    revision: str
+    weights: str
+
+
+def read_origin(folder: Path) -> Origin | None:
+    """The origin of an imported model; None for any other. Raises IntegrityError."""
+    path = folder / ORIGIN
+    if not path.is_file():
+        return None
+    table = read_table(path)
+    fields = [table.get(name) for name in Origin._fields]
+    if not all(isinstance(field, str) and field.isprintable() for field in fields):
+        raise refused(path, "the JSON text", f"is not {', '.join(Origin._fields)}")
+    return Origin(*map(str, fields))
+
+
+def read_table(path: Path) -> dict[str, Any]:
+    """A JSON object from a file. Raises IntegrityError."""
+    table = parse_json(read_bytes(path), path)
+    if not isinstance(table, dict):
+        raise refused(path, "the JSON text", "is no table")
+    return table
+
+
+def read_model(raw: Mapping[str, Any], path: Path) -> ModelConfig:
+    """The model that a `config.json` describes. Raises ConfigError where it is not computed here,
+    IntegrityError where it makes no sense."""
+    try:
+        return ModelConfig.from_hf(raw)
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise refused(path, "the model", f"{type(error).__name__}: {error}") from error
+
+
+def token_ids(raw: Mapping[str, Any]) -> dict[str, int]:
+    """The special token ids that a `config.json` names, where each is a single id."""
+    return {key: raw[key] for key in TOKEN_IDS if type(raw.get(key)) is int}
+
+
+def _write(path: Path, content: bytes) -> None:
+    with durable.create_file(path, expected_bytes=len(content)) as file:
+        file.write(content)
