@@ -21,11 +21,12 @@ import weakref
 from types import TracebackType
 from typing import Any
 
+import psutil
+
 from solollm.errors import IntegrityError
 
 _START_SECONDS = 30.0
 _TOO_MUCH_MEMORY = 77  # exit code
-_RSS_UNIT = 1 if sys.platform == "darwin" else 1024
 
 
 class Refusal(Exception):
@@ -149,8 +150,7 @@ def _reply(function: Any, line: bytes) -> str:
 
 
 def _guard_memory(memory_bytes: int) -> None:
-    while True:
+    process = psutil.Process()  # not getrusage: its peak is partly that of our parent
+    while process.memory_info().rss <= memory_bytes:
         time.sleep(0.01)
-        used = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * _RSS_UNIT
-        if used > memory_bytes:
-            os._exit(_TOO_MUCH_MEMORY)
+    os._exit(_TOO_MUCH_MEMORY)

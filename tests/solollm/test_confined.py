@@ -31,6 +31,15 @@ def test_whatever_the_function_does_becomes_an_error(
         child.ask(request_)
 
 
+def test_a_large_parent_does_not_count_against_its_child() -> None:
+    """Linux hands the peak memory of a process on to what it starts: a trainer that holds
+    gigabytes would have every child killed at birth."""
+    ours = b"x" * 200_000_000
+    with Confined("time:sleep", seconds=20, memory_bytes=100_000_000) as child:
+        assert child.ask(0.2) is None
+    assert len(ours) == 200_000_000
+
+
 def test_a_closed_child_is_gone() -> None:
     """Neither zombies nor open pipes may pile up in a server."""
     child = Confined("builtins:len", seconds=5)
