@@ -12,6 +12,7 @@ later runs reuse it until `pyproject.toml` changes.
 from __future__ import annotations
 
 import argparse
+import os
 import subprocess
 import sys
 import time
@@ -80,14 +81,17 @@ def _steps(arguments: argparse.Namespace, python: str) -> list[tuple[str, list[s
         ("types", [python, "-m", "mypy"]),
         ("layers", [python, "tools/check_layers.py"]),
         ("sizes", [python, "tools/check_sizes.py"]),
-        ("tests", [python, "-m", "pytest"]),
+        ("tests", [python, "-m", "pytest", "-n", str(os.cpu_count() or 1), "--dist", "loadfile"]),
     ]
 
 
 def _run(name: str, command: list[str]) -> bool:
     say(f"\n--- {name}")
     started = time.monotonic()
-    code = subprocess.run(command, cwd=ROOT, check=False).returncode
+    # One test process per core, each with one thread: the models of the tests are too small for
+    # two, and threads that wait for each other on a busy machine wait very long.
+    settings = {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "passive", **os.environ}
+    code = subprocess.run(command, cwd=ROOT, env=settings, check=False).returncode
     verdict = "ok" if code == 0 else "nothing to run" if code == NO_TESTS else f"failed ({code})"
     say(f"--- {name}: {verdict}, {time.monotonic() - started:.0f} s")
     return code in (0, NO_TESTS)
