@@ -10,6 +10,8 @@ Shapes: B rows, T positions, H query heads, K key/value heads, D head size.
 
 from __future__ import annotations
 
+from functools import partial
+
 import mlx.core as mx
 
 BLOCK = 128  # queries per block; rows up to twice as long are taken whole
@@ -22,33 +24,25 @@ def attend(q: mx.array, k: mx.array, v: mx.array, segments: mx.array | None) -> 
     """
     length = q.shape[2]
     if length <= 2 * BLOCK:
-        return _attend_block(q, k, v, segments, 0)
+        return _attend_block(q, k, v, segments=segments, start=0)
     parts = []
     for start in range(0, length, BLOCK):
         stop = min(length, start + BLOCK)
         own = None if segments is None else segments[:, :stop]
-
-        # Loop variables are bound as defaults: mx.checkpoint runs the function again in backward.
-        def part(
-            queries: mx.array, keys: mx.array, values: mx.array,
-            own: mx.array | None = own, start: int = start,
-        ) -> mx.array:  # fmt: skip
-            return _attend_block(queries, keys, values, own, start)
-
-        parts.append(mx.checkpoint(part)(q[:, :, start:stop], k[:, :, :stop], v[:, :, :stop]))
+        # Bound now, not when called: mx.checkpoint runs the function again in backward. Segments
+        # are integers, which it cannot take as arguments.
+        part = mx.checkpoint(partial(_attend_block, segments=own, start=start))
+        parts.append(part(q[:, :, start:stop], k[:, :, :stop], v[:, :, :stop]))
     return mx.concatenate(parts, axis=2)
 
 
 def _attend_block(
-    q: mx.array, k: mx.array, v: mx.array, segments: mx.array | None, start: int
+    q: mx.array, k: mx.array, v: mx.array, *, segments: mx.array | None, start: int
 ) -> mx.array:
     """Queries at positions `start` onwards against the keys at 0 onwards."""
-    scale = q.shape[-1] ** -0.5
-    rows, keys = q.shape[2], k.shape[2]
-    if segments is None:
-        mask = mx.arange(start, start + rows)[:, None] >= mx.arange(keys)[None]  # [T, S]
-        return mx.fast.scaled_dot_product_attention(q, k, v, scale=scale, mask=mask)
-    causal = mx.arange(start, start + rows)[:, None] >= mx.arange(keys)[None]
-    same = segments[:, start : start + rows, None] == segments[:, None, :]  # [B, T, S]
-    mask = mx.expand_dims(mx.logical_and(causal, same), 1)  # [B, 1, T, S]
+    scale, rows, keys = q.shape[-1] ** -0.5, q.shape[2], k.shape[2]
+    mask = mx.arange(start, start + rows)[:, None] >= mx.arange(keys)[None]  # [t, T]
+    if segments is not None:
+        same = segments[:, start : start + rows, None] == segments[:, None, :]  # [B, t, T]
+        mask = mx.expand_dims(mx.logical_and(mask, same), 1)  # [B, 1, t, T]
     return mx.fast.scaled_dot_product_attention(q, k, v, scale=scale, mask=mask)

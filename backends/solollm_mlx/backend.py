@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import platform
 import sys
+from dataclasses import replace
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from pathlib import Path
@@ -47,18 +48,15 @@ class MlxBackend(Backend):
         return Probe(True, "MLX on the CPU", "cpu", CPU_PRIORITY)
 
     def capabilities(self) -> Capabilities:
-        import mlx.core as mx
-
-        on_gpu = mx.default_device().type == mx.DeviceType.gpu
         return Capabilities(
-            device="apple gpu" if on_gpu else "cpu",
+            device=_device_name(),
             train_dtypes=("float32", "bfloat16", "float16"),
-            preferred_dtype=_preferred_dtype() if on_gpu else "float32",
+            preferred_dtype=_training_dtype(),
             objectives=("lm",),
             optimizers=("adamw", "muon"),
             state_bits=(32, 8),
             multi_device=True,
-            versions={"mlx": _version()},
+            versions={"mlx": _version(), "python": platform.python_version()},
         )
 
     def memory_costs(
@@ -92,7 +90,9 @@ class MlxBackend(Backend):
         from solollm_mlx.engine import MlxEngine
 
         _check_version()
-        return MlxEngine.from_checkpoint(checkpoint, options)
+        if options.compute_dtype == "auto":
+            options = replace(options, compute_dtype=_inference_dtype())
+        return MlxEngine.load(checkpoint, options)
 
 
 def _version() -> str:
@@ -114,9 +114,29 @@ def _check_version() -> None:
         )
 
 
-def _preferred_dtype() -> ComputeDType:
-    """bf16 where the chip has it; M1 and M2 emulate it, so they take fp32 unless asked."""
+def _on_gpu() -> bool:
     import mlx.core as mx
 
-    name = str(mx.device_info().get("device_name", ""))
-    return "float32" if any(chip in name for chip in ("M1", "M2")) else "bfloat16"
+    return bool(mx.default_device().type == mx.DeviceType.gpu)
+
+
+def _device_name() -> str:
+    import mlx.core as mx
+
+    return str(mx.device_info().get("device_name", "gpu")) if _on_gpu() else "cpu"
+
+
+def _emulates_bf16() -> bool:
+    return any(chip in _device_name() for chip in ("M1", "M2"))
+
+
+def _training_dtype() -> ComputeDType:
+    """bf16 where the chip has it; M1 and M2 emulate it, so they take fp32 unless asked."""
+    return "bfloat16" if _on_gpu() and not _emulates_bf16() else "float32"
+
+
+def _inference_dtype() -> ComputeDType:
+    """16 bits on a GPU: generation is bound by reading the weights."""
+    if not _on_gpu():
+        return "float32"
+    return "float16" if _emulates_bf16() else "bfloat16"

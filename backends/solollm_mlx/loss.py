@@ -1,12 +1,14 @@
 """Cross-entropy in chunks of tokens, with its gradient written by hand.
 
-The full logits [B T, V] never exist: each chunk makes its logits, takes loss and gradients from
-them at once, and lets them go (the forward pass keeps the gradients, not the logits).
+The full logits [N, V] never exist: each chunk makes its logits, turns them into losses and into
+gradients at once, and lets them go. What the forward pass keeps is the gradients.
 
-Shapes: N tokens, C hidden size, V vocabulary.
+Shapes: N tokens, n tokens of one chunk, C hidden size, V vocabulary.
 """
 
 from __future__ import annotations
+
+from typing import Any
 
 import mlx.core as mx
 
@@ -18,59 +20,58 @@ def chunk_tokens(num_tokens: int, vocab_size: int) -> int:
     return max(16, min(num_tokens, CHUNK_BYTES // (4 * vocab_size)))
 
 
-@mx.custom_function
 def summed_loss(
     hidden: mx.array, head: mx.array, labels: mx.array, token_weights: mx.array
 ) -> mx.array:
     """Sum over tokens of weight times negative log-likelihood, float32 scalar.
 
-    hidden [N, C] in the compute dtype, head [V, C], labels int32 [N] (negative = no target),
-    token_weights float32 [N].
+    hidden [N, C] in the compute dtype, head fp32 [V, C], labels int32 [N] (negative = no target),
+    token_weights float32 [N]. Gradients in fp16 are made at the size that the weights give them:
+    a loss scale belongs into the weights.
     """
-    total = mx.zeros((), mx.float32)
-    size = chunk_tokens(hidden.shape[0], head.shape[0])
-    for start in range(0, hidden.shape[0], size):
-        part = slice(start, start + size)
-        nll, _ = _chunk(hidden[part], head, labels[part])
-        total = total + (nll * token_weights[part]).sum()
-        # Chained, so that the evaluator does not hold the logits of several chunks.
-        hidden = mx.depends([hidden], [total])[0]
+    outputs: Any = _loss_and_gradients(hidden, head, labels, token_weights)
+    total: mx.array = outputs[0]
     return total
 
 
-def _chunk(hidden: mx.array, head: mx.array, labels: mx.array) -> tuple[mx.array, mx.array]:
-    """(negative log-likelihood float32 [n], logits float32 [n, V]); 0 where there is no target."""
-    scores = (hidden @ head.astype(hidden.dtype).T).astype(mx.float32)  # [n, V]
-    valid = labels >= 0
-    target = mx.take_along_axis(scores, mx.maximum(labels, 0)[:, None], axis=-1)[:, 0]
-    nll = mx.logsumexp(scores, axis=-1) - target
-    return mx.where(valid, nll, 0.0), scores
-
-
-@summed_loss.vjp
-def _summed_loss_vjp(
-    primals: tuple[mx.array, ...], cotangent: mx.array, output: mx.array
-) -> tuple[mx.array, ...]:
-    hidden, head, labels, token_weights = primals
-    size = chunk_tokens(hidden.shape[0], head.shape[0])
+@mx.custom_function
+def _loss_and_gradients(
+    hidden: mx.array, head: mx.array, labels: mx.array, token_weights: mx.array
+) -> tuple[mx.array, mx.array, mx.array]:
+    """(loss, its gradient by hidden, its gradient by head)."""
+    total = mx.zeros((), mx.float32)
     head_gradient = mx.zeros(head.shape, mx.float32)
-    hidden_gradients = []
-    source = hidden
+    weight = head.astype(hidden.dtype)
+    ids = mx.arange(head.shape[0])
+    rows, parts = hidden, []
+    size = chunk_tokens(hidden.shape[0], head.shape[0])
     for start in range(0, hidden.shape[0], size):
         part = slice(start, start + size)
-        _, scores = _chunk(source[part], head, labels[part])
-        weight = mx.where(labels[part] >= 0, token_weights[part], 0.0) * cotangent  # [n]
-        index = mx.maximum(labels[part], 0)[:, None]
-        gradient = mx.softmax(scores, axis=-1)  # [n, V]
-        target = mx.take_along_axis(gradient, index, axis=-1) - 1.0
-        gradient = mx.put_along_axis(gradient, index, target, axis=-1) * weight[:, None]
-        gradient = gradient.astype(hidden.dtype)
-        hidden_gradients.append(gradient @ head.astype(hidden.dtype))
-        head_gradient = head_gradient + (gradient.T @ source[part]).astype(mx.float32)
-        source = mx.depends([source], [head_gradient])[0]
+        nll, logits, log_sum = _chunk(rows[part], weight, labels[part])
+        total = total + (nll * token_weights[part]).sum()
+        factor = mx.where(labels[part] >= 0, token_weights[part], 0.0)[:, None]  # [n, 1]
+        # d nll / d logits = probabilities - onehot(label)
+        onehot = ids == labels[part][:, None]  # [n, V]
+        gradient = ((mx.exp(logits - log_sum[:, None]) - onehot) * factor).astype(hidden.dtype)
+        parts.append(gradient @ weight)  # [n, C]
+        head_gradient = head_gradient + (gradient.T @ rows[part]).astype(mx.float32)
+        # Chained, so that the evaluator does not hold the logits of several chunks.
+        rows = mx.depends([rows], [head_gradient, parts[-1]])[0]
+    return total, mx.concatenate(parts), head_gradient
+
+
+@_loss_and_gradients.vjp
+def _loss_and_gradients_vjp(
+    primals: tuple[mx.array, ...],
+    cotangents: tuple[mx.array, ...],
+    outputs: tuple[mx.array, ...],
+) -> tuple[mx.array, ...]:
+    _, head, labels, token_weights = primals
+    _, hidden_gradient, head_gradient = outputs
+    scale = cotangents[0]
     return (
-        mx.concatenate(hidden_gradients),
-        head_gradient.astype(head.dtype),
+        hidden_gradient * scale.astype(hidden_gradient.dtype),
+        (head_gradient * scale).astype(head.dtype),
         mx.zeros_like(labels),
         mx.zeros_like(token_weights),
     )
@@ -78,11 +79,21 @@ def _summed_loss_vjp(
 
 def token_logprobs(hidden: mx.array, head: mx.array, labels: mx.array) -> mx.array:
     """float32 [N]: log p(label), 0 where there is no target."""
+    weight, parts = head.astype(hidden.dtype), []
     size = chunk_tokens(hidden.shape[0], head.shape[0])
-    parts = []
     for start in range(0, hidden.shape[0], size):
         part = slice(start, start + size)
-        nll, _ = _chunk(hidden[part], head, labels[part])
-        parts.append(-nll)
-        hidden = mx.depends([hidden], [nll])[0]
+        parts.append(-_chunk(hidden[part], weight, labels[part])[0])
+        hidden = mx.depends([hidden], [parts[-1]])[0]
     return mx.concatenate(parts)
+
+
+def _chunk(
+    hidden: mx.array, weight: mx.array, labels: mx.array
+) -> tuple[mx.array, mx.array, mx.array]:
+    """Of n tokens, in float32: negative log-likelihood [n], 0 where there is no target; logits
+    [n, V]; the log of their summed exponentials [n]."""
+    logits = (hidden @ weight.T).astype(mx.float32)  # [n, V]
+    log_sum = mx.logsumexp(logits, axis=-1)  # [n]
+    target = mx.take_along_axis(logits, mx.maximum(labels, 0)[:, None], axis=-1)[:, 0]
+    return mx.where(labels >= 0, log_sum - target, 0.0), logits, log_sum

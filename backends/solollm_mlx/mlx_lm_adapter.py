@@ -3,6 +3,8 @@
 mlx-lm (0.32) is used for what it is good at, inference: its model classes, its continuous
 `BatchGenerator`, its quantised layers. Training never touches it. It imports transformers and takes
 seconds, so it is imported inside the functions.
+
+Shapes: N rows, T positions, C hidden size, V vocabulary.
 """
 
 from __future__ import annotations
@@ -16,18 +18,18 @@ import mlx.nn as nn
 from solollm.architecture import ModelConfig
 from solollm.errors import BackendError, ConfigError
 
-# float [N, V] log-probabilities to int32 [N] tokens.
+# float32 [N, V] log-probabilities to integer [N] tokens.
 Sampler = Callable[[mx.array], mx.array]
-# Looks at one row of raw logits [1, V] before they become log-probabilities.
+# Looks at one row of raw logits, float32 [1, V], before they become log-probabilities.
 Watcher = Callable[[mx.array], None]
 
 
 class Generated(NamedTuple):
-    """One token of one sequence; `logprobs` float32 [V] is the whole row it was taken from."""
+    """One token of one sequence, and its log-probability under the model itself."""
 
     uid: int
     token: int
-    logprobs: mx.array
+    logprob: float
 
 
 def build_model(config: ModelConfig, weights: Mapping[str, mx.array]) -> nn.Module:
@@ -45,29 +47,51 @@ def build_model(config: ModelConfig, weights: Mapping[str, mx.array]) -> nn.Modu
             fix="pip install 'mlx-lm>=0.32.2,<0.33'",
         ) from error
     module: Any = qwen3 if config.qk_norm else llama
-    raw = config.to_hf()
-    model: nn.Module = module.Model(module.ModelArgs.from_dict(raw))
+    model: nn.Module = module.Model(module.ModelArgs.from_dict(config.to_hf()))
     model.load_weights(list(weights.items()), strict=True)
     model.eval()
     return model
 
 
 def quantize(model: nn.Module, bits: int, group_size: int = 64) -> None:
-    """Replace the linear layers and the embedding by affine-quantised ones, in place."""
+    """Replace the linear layers and the embedding by affine-quantised ones, in place. A matrix
+    whose rows are no multiple of the group stays as it is.
+
+    Raises:
+        ConfigError: bits other than 4 and 8, or no matrix that can be quantised.
+    """
     if bits not in (4, 8):
         raise ConfigError(f"quantize_bits {bits} is not 4 or 8")
+    fitting = 0
 
     def fits(_: str, module: nn.Module) -> bool:
-        return hasattr(module, "to_quantized") and module.weight.shape[-1] % group_size == 0
+        nonlocal fitting
+        is_fitting = hasattr(module, "to_quantized") and module.weight.shape[-1] % group_size == 0
+        fitting += is_fitting
+        return is_fitting
 
     nn.quantize(model, group_size=group_size, bits=bits, class_predicate=fits)
+    if not fitting:
+        raise ConfigError(
+            f"quantize_bits {bits} has no effect on this model",
+            why=f"no matrix has rows of a multiple of {group_size} elements",
+            fix="leave it out",
+        )
     mx.eval(model.parameters())
 
 
-def hidden_to_logits(model: nn.Module, input_ids: mx.array) -> mx.array:
-    """All logits [N, T, V] of rows without a cache."""
-    logits: mx.array = model(input_ids)
-    return logits
+def hidden_states(model: nn.Module, input_ids: mx.array) -> mx.array:
+    """Normalised hidden states [N, T, C] of integer rows [N, T], without a cache."""
+    hidden: mx.array = model.model(input_ids)
+    return hidden
+
+
+def logits_of(model: nn.Module, hidden: mx.array) -> mx.array:
+    """float32 [..., V] of hidden states [..., C]."""
+    tied = model.args.tie_word_embeddings
+    head = model.model.embed_tokens.as_linear if tied else model.lm_head
+    logits: mx.array = head(hidden)
+    return logits.astype(mx.float32)
 
 
 class Generator:
@@ -77,11 +101,14 @@ class Generator:
         from mlx_lm.generate import BatchGenerator
 
         self._generator = BatchGenerator(
-            model,
+            _Float32Logits(model),
             completion_batch_size=max_batch_size,
             prefill_batch_size=max_batch_size,
             prefill_step_size=prefill_tokens,
         )
+        # It has wired all of the memory that Metal recommends, which Macs have died of (mlx #3186,
+        # #3346); closing gives only that limit back, and the generator works on.
+        self._generator.close()
 
     def insert(
         self,
@@ -107,13 +134,36 @@ class Generator:
         return int(uids[0])
 
     def step(self) -> list[Generated]:
-        """One token for each running sequence; [] when nothing is left."""
+        """One token for each running sequence; [] when nothing is left.
+
+        It runs one token ahead: what it gives now was sampled in the step before.
+        """
         responses = self._generator.next_generated()
-        return [Generated(r.uid, int(r.token), r.logprobs) for r in responses]
+        picked = [response.logprobs[response.token] for response in responses]
+        mx.eval(picked)
+        return [
+            Generated(response.uid, int(response.token), float(logprob.item()))
+            for response, logprob in zip(responses, picked, strict=True)
+        ]
 
     def remove(self, uid: int) -> None:
         """Take a sequence out, wherever it stands; an ended one is ignored."""
         self._generator.remove([uid])
 
-    def close(self) -> None:
-        self._generator.close()
+
+class _Float32Logits(nn.Module):
+    """An mlx-lm model whose logits are float32 whatever it computes in: a log-probability in bf16
+    has two digits."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.model = model
+
+    @property
+    def layers(self) -> Any:
+        """What mlx-lm makes a cache for."""
+        return self.model.layers
+
+    def __call__(self, input_ids: mx.array, cache: Any = None) -> mx.array:
+        logits: mx.array = self.model(input_ids, cache=cache)
+        return logits.astype(mx.float32)

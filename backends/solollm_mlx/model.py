@@ -46,9 +46,13 @@ def linear(x: mx.array, weight: mx.array) -> mx.array:
 
 
 def block(
-    weights: Weights, x: mx.array, frequencies: mx.array, segments: mx.array | None,
+    weights: Weights,
+    x: mx.array,
+    frequencies: mx.array,
+    segments: mx.array | None,
+    *,
     config: ModelConfig,
-) -> mx.array:  # fmt: skip
+) -> mx.array:
     """One layer over its own weights (names without the layer's prefix): [B, T, C] to the same."""
     rows, length, _ = x.shape
     dim = config.head_dim
@@ -105,7 +109,7 @@ def hidden_states(
 
     def layer(own: Weights, stream: mx.array) -> mx.array:
         # Integer arrays are closed over: mx.checkpoint cannot differentiate past them as arguments.
-        return block(own, stream, frequencies, segments, config)
+        return block(own, stream, frequencies, segments, config=config)
 
     run = mx.checkpoint(layer) if checkpointing else layer
     for index in range(config.num_hidden_layers):

@@ -1,18 +1,21 @@
 """Training on MLX: two compiled functions of fixed shapes around fp32 masters.
 
-`micro` adds the gradients of one micro-batch to an accumulator; `update` clips, skips or applies.
-Each is evaluated before the next is called, so a step holds one micro-batch's activations however
-many there are (one graph over all of them would hold all). Weights, states and accumulator are
-plain dicts in table order: an order that comes from a file would change the order of the norm's
-sum, and with it the bits of a resumed run.
+`_micro_gradients` takes the gradients of one micro-batch, `_apply` clips, skips or applies. Each
+micro-batch is evaluated before the next is begun, so a step holds one micro-batch's activations
+however many there are (one graph over all of them would hold all). Weights and states are plain
+dicts in table order: an order that comes from a file would change the order of the norm's sum, and
+with it the bits of a resumed run.
+
+The optimizer is `optim`, the decoder `model`, the loss `loss`, the bits on the host `state`.
 
 Shapes: B rows of the global batch, M of a micro-batch, T positions.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from typing import NamedTuple
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
+from typing import Any, NamedTuple
 
 import mlx.core as mx
 import numpy as np
@@ -32,13 +35,15 @@ from solollm.backend import (
     TensorSource,
     TrainSession,
 )
-from solollm.errors import BackendError
+from solollm.errors import BackendError, ConfigError, nearest
 from solollm_mlx import loss
+from solollm_mlx.compiling import should_compile
 from solollm_mlx.model import Weights, head_weight, hidden_states
-from solollm_mlx.optim import Arrays, Optimizer
-from solollm_mlx.state import MlxSnapshot, read_all
+from solollm_mlx.optim import Arrays, Optimizer, Rates
+from solollm_mlx.state import MlxSnapshot, read_states, read_weights
 
 DTYPES = {"float32": mx.float32, "bfloat16": mx.bfloat16, "float16": mx.float16}
+OPTIONS = ("compile",)
 INITIAL_SCALE = 2.0**15  # fp16's loss scale; halved on overflow, doubled after SCALE_PATIENCE steps
 SCALE_PATIENCE = 1000
 
@@ -53,228 +58,277 @@ class MicroBatch(NamedTuple):
     segments: mx.array | None
 
 
+class State(NamedTuple):
+    """All that an update changes."""
+
+    weights: Weights
+    optimizer: Arrays
+    counters: Arrays
+
+
 class _Pending(PendingMetrics):
-    def __init__(self, loss: mx.array, norm: mx.array, skipped: mx.array, tokens: int) -> None:
-        self._parts, self._tokens = (loss, norm, skipped), tokens
+    def __init__(self, numbers: mx.array, tokens: int) -> None:
+        """`numbers`: float32 [loss, gradient norm, 1 if the step was skipped]."""
+        self._numbers, self._tokens = numbers, tokens
 
     def result(self) -> StepMetrics:
-        mx.eval(*self._parts)
-        loss, norm, skipped = (part.item() for part in self._parts)
-        return StepMetrics(float(loss), float(norm), self._tokens, bool(skipped))
+        total, norm, skipped = np.array(self._numbers).tolist()
+        return StepMetrics(total, norm, self._tokens, bool(skipped))
 
 
 class MlxSession(TrainSession):
-    """See `solollm.backend.TrainSession`. Data parallel over ranks started by `mlx.launch`."""
+    """See `solollm.backend.TrainSession`. Data parallel over ranks started by `mlx.launch`.
+
+    `options.backend_options`: `compile` (auto, true, false; see `compiling`).
+    """
 
     def __init__(
         self, model: ModelConfig, options: SessionOptions, plan: Plan, group: mx.distributed.Group
     ) -> None:
-        if options.objective != "lm" or options.adapter is not None:
-            raise BackendError(
-                f"the MLX backend trains no {options.objective} with adapter {options.adapter}",
-                why="it has the language-model objective on all parameters",
-                fix="choose objective lm without an adapter",
-            )
+        """A session with the core's initial weights of `options.seed`.
+
+        Raises:
+            BackendError: an objective or adapter that is not implemented.
+            ConfigError: an unknown or unusable entry of `backend_options`.
+        """
+        _refuse_unsupported(options)
         self._model, self._plan, self._group = model, plan, group
         self.rank, self.world_size = group.rank(), group.size()
         self._dtype = DTYPES[plan.compute_dtype]
+        self._table = options.optimizer
         self._optimizer = Optimizer(model, options.optimizer)
-        self._weights: Weights = {
-            n: mx.array(a) for n, a in initial_parameters(model, options.seed)
-        }
-        self._states: Arrays = self._optimizer.initial_states()
-        self._counters: Arrays = self._initial_counters()
-        compiled = bool(options.backend_options.get("compile", True))
-        wrap: Callable[..., Callable[..., tuple[mx.array, ...]]] = (
-            mx.compile if compiled else lambda function: function
-        )
+        weights = {n: mx.array(a) for n, a in initial_parameters(model, options.seed)}
+        self._state = State(weights, self._optimizer.initial_states(), self._initial_counters())
+        self._compiled = should_compile(options.backend_options.get("compile", "auto"))
+        wrap: Any = mx.compile if self._compiled else lambda function: function
         self._micro = wrap(self._micro_gradients)
-        self._accumulate = wrap(lambda total, new: {n: total[n] + new[n] for n in total})
+        self._add = wrap(_add)
         self._update = wrap(self._apply)
         self._evaluate = wrap(self._token_logprobs)
-        mx.eval(self._weights, self._states, self._counters)
+        mx.eval(self._state)
 
-    # -- the two functions ------------------------------------------------------------------------
-
-    def _loss(self, weights: Weights, micro: tuple[mx.array | None, ...]) -> mx.array:
-        input_ids, labels, token_weights, segments = micro
-        hidden = hidden_states(
-            weights, input_ids, segments, config=self._model, dtype=self._dtype,
-            checkpointing=self._plan.activation_checkpointing,
-        )  # fmt: skip
-        hidden = hidden.reshape(-1, hidden.shape[-1])  # [M T, C]
-        return loss.summed_loss(
-            hidden, head_weight(weights), labels.reshape(-1), token_weights.reshape(-1)
-        )
-
-    def _micro_gradients(
-        self, weights: Weights, scale: mx.array, *micro: mx.array | None
-    ) -> tuple[mx.array, Arrays]:
-        """(loss, gradients times scale), both summed over the micro-batch."""
-
-        def scaled(weights: Weights) -> mx.array:
-            return self._loss(weights, micro) * scale
-
-        value, gradients = mx.value_and_grad(scaled)(weights)
-        return value / scale, gradients
-
-    def _apply(
-        self, weights: Weights, states: Arrays, counters: Arrays, gradients: Arrays,
-        total: mx.array, lr: mx.array,
-    ) -> tuple[Weights, Arrays, Arrays, mx.array, mx.array]:  # fmt: skip
-        table = self._optimizer.table
-        gradients = {n: gradients[n] / counters["loss_scale"] for n in weights}
-        norm = mx.sqrt(sum(mx.sum(mx.square(g)) for g in gradients.values()))
-        finite = mx.isfinite(norm) & mx.isfinite(total)
-        if table.clip_norm > 0:
-            reference = counters["lagged_norm"] if table.clip == "lagged" else norm
-            factor = mx.minimum(table.clip_norm / (reference + 1e-6), 1.0)
-            gradients = {n: g * factor for n, g in gradients.items()}
-        new_weights, new_states = self._optimizer.update(
-            weights, states, gradients, lr=lr, updates=counters["updates"]
-        )
-        weights = {n: mx.where(finite, new_weights[n], weights[n]) for n in weights}
-        states = {n: mx.where(finite, new_states[n], states[n]) for n in states}
-        return weights, states, self._count(counters, finite, norm), norm, mx.logical_not(finite)
-
-    def _count(self, counters: Arrays, finite: mx.array, norm: mx.array) -> Arrays:
-        updates = counters["updates"] + finite.astype(mx.int32)
-        lagged = mx.where(finite, norm, counters["lagged_norm"])
-        scale, good = counters["loss_scale"], counters["scale_steps"]
-        if self._dtype == mx.float16:
-            good = mx.where(finite, good + 1, 0)
-            grown = mx.where(good >= SCALE_PATIENCE, scale * 2, scale)
-            scale = mx.where(finite, grown, mx.maximum(scale / 2, 1.0))
-            good = mx.where(good >= SCALE_PATIENCE, 0, good)
-        return {"updates": updates, "lagged_norm": lagged, "loss_scale": scale, "scale_steps": good}
-
-    def _token_logprobs(self, weights: Weights, *micro: mx.array | None) -> mx.array:
-        input_ids, labels, _, segments = micro
-        hidden = hidden_states(weights, input_ids, segments, config=self._model, dtype=self._dtype)
-        flat = hidden.reshape(-1, hidden.shape[-1])
-        return loss.token_logprobs(flat, head_weight(weights), labels.reshape(-1))
-
-    # -- the seam ---------------------------------------------------------------------------------
+    @property
+    def settings(self) -> Mapping[str, bool | int | float | str]:
+        return {"compile": self._compiled}
 
     def train_step(self, batch: Batch, *, lr: float) -> PendingMetrics:
         total, gradients = self._gradients(batch)
-        self._weights, self._states, self._counters, norm, skipped = self._update(
-            self._weights, self._states, self._counters, gradients, total, mx.array(lr, mx.float32)
-        )
-        del gradients
-        # Handles must hold no graph: what they wait for is on its way when the step returns.
-        mx.async_eval(self._weights, self._states, self._counters, total, norm, skipped)
-        return _Pending(total, norm, skipped, batch.num_targets)
+        rates = Rates.of(lr, self._table)
+        state, numbers = self._update(self._state, gradients, total, rates)
+        self._state = State(*state)
+        del gradients  # the graph is now their only holder and may reuse their memory
+        # A handle must hold no graph: what it waits for is on its way when the step returns.
+        mx.async_eval(self._state, numbers)
+        return _Pending(numbers, batch.num_targets)
 
     def probe_step(self, batch: Batch) -> StepMetrics:
         total, gradients = self._gradients(batch)
-        scale = self._counters["loss_scale"]
-        norm = mx.sqrt(sum(mx.sum(mx.square(g / scale)) for g in gradients.values()))
-        finite = mx.isfinite(norm) & mx.isfinite(total)
-        return _Pending(total, norm, mx.logical_not(finite), batch.num_targets).result()
+        norm = global_norm(self._unscaled(gradients, self._state.counters))
+        return _Pending(_numbers(total, norm), batch.num_targets).result()
 
-    def gradients(self, batch: Batch) -> dict[str, mx.array]:
+    def gradients(self, batch: Batch) -> Arrays:
         """The batch's gradients by canonical name, unclipped: for parity tests."""
-        _, gradients = self._gradients(batch)
-        return {n: g / self._counters["loss_scale"] for n, g in gradients.items()}
+        return self._unscaled(self._gradients(batch)[1], self._state.counters)
 
     def _gradients(self, batch: Batch) -> tuple[mx.array, Arrays]:
+        """(loss, gradients times the loss scale) of the whole batch, over all ranks."""
+        weights, counters = self._state.weights, self._state.counters
         total: mx.array = mx.zeros((), mx.float32)
         gradients: Arrays = {}
-        for micro in self._micro_batches(batch):
-            value, new = self._micro(self._weights, self._counters["loss_scale"], *micro)
+        for micro in self._micro_batches(batch, *self._own_rows(batch)):
+            mx.eval(total, gradients)  # of the micro-batches before
+            value, new = self._micro(weights, counters, micro)
             total = total + value
-            gradients = self._accumulate(gradients, new) if gradients else new
-            mx.eval(total, gradients)
+            gradients = self._add(gradients, new) if gradients else new
         if self.world_size > 1:
-            total = mx.distributed.all_sum(total, group=self._group, stream=mx.cpu)
-            gradients = {
-                n: mx.distributed.all_sum(g, group=self._group, stream=mx.cpu)
-                for n, g in gradients.items()
-            }
-            mx.eval(total, gradients)
+            total, gradients = self._sum_over_ranks(total, gradients)
         return total, gradients
+
+    def _sum_over_ranks(self, total: mx.array, gradients: Arrays) -> tuple[mx.array, Arrays]:
+        # On the CPU's stream: a GPU that waits for the network is ended by Apple's watchdog.
+        def summed(array: mx.array) -> mx.array:
+            return mx.distributed.all_sum(array, group=self._group, stream=mx.cpu)
+
+        mx.eval(total, gradients)
+        return summed(total), {name: summed(array) for name, array in gradients.items()}
+
+    def _micro_gradients(
+        self, weights: Weights, counters: Arrays, micro: MicroBatch
+    ) -> tuple[mx.array, Arrays]:
+        """(loss, gradients times the loss scale), summed over the micro-batch."""
+        input_ids, labels, token_weights, segments = micro
+        scale = counters.get("loss_scale", mx.array(1.0))
+        token_weights = (token_weights * scale).reshape(-1)
+
+        def scaled_loss(weights: Weights) -> mx.array:
+            hidden = hidden_states(
+                weights, input_ids, segments, config=self._model, dtype=self._dtype,
+                checkpointing=self._plan.activation_checkpointing,
+            )  # fmt: skip
+            hidden = hidden.reshape(-1, hidden.shape[-1])  # [M T, C]
+            return loss.summed_loss(hidden, head_weight(weights), labels.reshape(-1), token_weights)
+
+        gradient_function: Any = mx.value_and_grad(scaled_loss)  # its types know no dict
+        total: mx.array
+        total, gradients = gradient_function(weights)
+        return total / scale, gradients
+
+    def _apply(
+        self, state: State, gradients: Arrays, total: mx.array, rates: Rates
+    ) -> tuple[State, mx.array]:
+        """The next state, and the step's numbers (see `_Pending`)."""
+        weights, optimizer, counters = state
+        gradients = self._unscaled(gradients, counters)
+        norm = global_norm(gradients)
+        numbers = _numbers(total, norm)
+        if self._table.clip_norm > 0:
+            reference = counters["lagged_norm"] if self._table.clip == "lagged" else norm
+            factor = mx.minimum(self._table.clip_norm / (reference + 1e-6), 1.0)
+            gradients = {name: gradient * factor for name, gradient in gradients.items()}
+        moved = self._optimizer.update(
+            weights, optimizer, gradients, rates=Rates(*rates), updates=counters["updates"]
+        )
+        skipped = numbers[2] > 0
+        kept = [
+            {name: mx.where(skipped, array, new[name]) for name, array in old.items()}
+            for old, new in zip((weights, optimizer), moved, strict=True)
+        ]
+        return State(kept[0], kept[1], _count(counters, skipped, norm)), numbers
+
+    def _unscaled(self, gradients: Arrays, counters: Arrays) -> Arrays:
+        """The gradients without the loss scale, in table order."""
+        if "loss_scale" not in counters:
+            return gradients
+        return {name: g / counters["loss_scale"] for name, g in gradients.items()}
+
+    def _token_logprobs(self, weights: Weights, micro: MicroBatch) -> mx.array:
+        """float32 [M, T]: log p(label), 0 where there is no target."""
+        input_ids, labels, _, segments = micro
+        hidden = hidden_states(weights, input_ids, segments, config=self._model, dtype=self._dtype)
+        flat = hidden.reshape(-1, hidden.shape[-1])
+        logprobs = loss.token_logprobs(flat, head_weight(weights), labels.reshape(-1))
+        return logprobs.reshape(labels.shape)
 
     def eval_step(self, batch: Batch) -> tuple[float, int]:
         logprobs = self.token_logprobs(batch)
         return float(-logprobs.sum(dtype=np.float64)), batch.num_targets
 
     def token_logprobs(self, batch: Batch, *, adapter: bool = True) -> np.ndarray:
-        rows, length = batch.input_ids.shape
-        parts = []
-        for micro in self._micro_batches(batch, all_rows=True):
-            parts.append(np.array(self._evaluate(self._weights, *micro)).reshape(-1, length))
+        rows = len(batch.input_ids)
+        parts = [
+            np.array(self._evaluate(self._state.weights, micro))
+            for micro in self._micro_batches(batch, 0, rows)
+        ]
         return np.concatenate(parts)[:rows]
 
-    def _micro_batches(self, batch: Batch, *, all_rows: bool = False) -> list[MicroBatch]:
-        """This rank's rows in slices of one fixed shape; the last is filled with rows that have no
-        target, since a new shape would be compiled anew."""
+    def _own_rows(self, batch: Batch) -> tuple[int, int]:
+        """First and last (exclusive) row of this rank's slice."""
         rows = len(batch.input_ids)
-        first, last = 0, rows
-        if not all_rows:
-            first = rows * self.rank // self.world_size
-            last = rows * (self.rank + 1) // self.world_size
+        ends = (rows * self.rank // self.world_size, rows * (self.rank + 1) // self.world_size)
+        return ends
+
+    def _micro_batches(self, batch: Batch, first: int, last: int) -> Iterator[MicroBatch]:
+        """Rows `first` to `last` in slices of one fixed shape; the last is filled with rows that
+        have no target, since a new shape would be compiled anew."""
         size = self._plan.micro_batch_size
         weights = np.full(batch.labels.shape, 1.0 / batch.denominator, np.float32)
         if batch.token_weights is not None:
             weights = (batch.token_weights / batch.denominator).astype(np.float32)
 
-        def slices(array: np.ndarray | None, fill: int, start: int) -> mx.array | None:
-            if array is None:
-                return None
+        def filled(array: np.ndarray, fill: int, start: int) -> mx.array:
             part = array[start : min(start + size, last)]
-            if len(part) < size:
-                padding = np.full((size - len(part), array.shape[1]), fill, array.dtype)
-                part = np.concatenate([part, padding])
-            return mx.array(part)
+            padding = np.full((size - len(part), array.shape[1]), fill, array.dtype)
+            return mx.array(np.concatenate([part, padding]))
 
-        return [
-            MicroBatch(
-                slices(batch.input_ids, 0, start), slices(batch.labels, IGNORED, start),
-                slices(weights, 0, start), slices(batch.segment_ids, 0, start),
+        for start in range(first, max(last, first + 1), size):
+            segments = batch.segment_ids
+            yield MicroBatch(
+                filled(batch.input_ids, 0, start),
+                filled(batch.labels, IGNORED, start),
+                filled(weights, 0, start),
+                None if segments is None else filled(segments, 0, start),
             )
-            for start in range(first, max(last, first + 1), size)
-        ]  # fmt: skip
 
     def engine(self, options: EngineOptions) -> Engine:
         from solollm_mlx.engine import MlxEngine
 
-        return MlxEngine.over_weights(self._weights, self._model, options)
+        if options.compute_dtype == "auto":
+            options = replace(options, compute_dtype=self._plan.compute_dtype)
+        return MlxEngine(self._state.weights, self._model, options)
 
     def snapshot(self) -> Snapshot:
-        mx.eval(self._weights, self._states, self._counters)
-        return MlxSnapshot(self._weights, self._states, self.session_state)
+        mx.eval(self._state)
+        return MlxSnapshot(self._state.weights, self._state.optimizer, self.session_state)
 
     def import_parameters(self, source: TensorSource) -> None:
-        shapes = {n: (mx.float32, tuple(a.shape)) for n, a in self._weights.items()}
-        self._weights = read_all(source, shapes, what="weights")
+        expected = {n: (mx.float32, tuple(a.shape)) for n, a in self._state.weights.items()}
+        self._state = self._state._replace(weights=read_weights(source, expected))
 
     def import_optimizer(self, source: TensorSource, state: Mapping[str, int | float]) -> None:
-        states = read_all(source, self._optimizer.state_shapes(), what="optimizer state")
-        self._states = states
-        counters = self._initial_counters()
-        self._counters = {
+        states = read_states(source, self._optimizer.specs())
+        counters = {
             name: mx.array(state.get(name, initial.item()), initial.dtype)
-            for name, initial in counters.items()
+            for name, initial in self._initial_counters().items()
         }
-        mx.eval(self._counters)
+        self._state = self._state._replace(optimizer=states, counters=counters)
 
     @property
     def session_state(self) -> Mapping[str, int | float]:
-        return {name: array.item() for name, array in self._counters.items()}
+        return {name: np.array(array).item() for name, array in self._state.counters.items()}
 
     def _initial_counters(self) -> Arrays:
-        scale = INITIAL_SCALE if self._dtype == mx.float16 else 1.0
-        return {
-            "updates": mx.array(0, mx.int32),
-            "lagged_norm": mx.array(0.0, mx.float32),
-            "loss_scale": mx.array(scale, mx.float32),
-            "scale_steps": mx.array(0, mx.int32),
-        }
+        counters = {"updates": mx.array(0, mx.int32), "lagged_norm": mx.array(0.0, mx.float32)}
+        if self._dtype == mx.float16:
+            counters["loss_scale"] = mx.array(INITIAL_SCALE, mx.float32)
+            counters["scale_steps"] = mx.array(0, mx.int32)
+        return counters
 
     def memory(self) -> MemoryStats:
         return MemoryStats(mx.get_active_memory(), mx.get_peak_memory())
 
     def close(self) -> None:
-        self._weights, self._states = {}, {}
+        self._state = State({}, {}, {})
         mx.clear_cache()
+
+
+def global_norm(arrays: Arrays) -> mx.array:
+    """The norm of all arrays as one vector, float32 scalar."""
+    return mx.sqrt(mx.stack([mx.sum(mx.square(array)) for array in arrays.values()]).sum())
+
+
+def _add(total: Arrays, new: Arrays) -> Arrays:
+    return {name: array + new[name] for name, array in total.items()}
+
+
+def _numbers(total: mx.array, norm: mx.array) -> mx.array:
+    finite = mx.isfinite(norm) & mx.isfinite(total)
+    return mx.stack([total, norm, mx.logical_not(finite).astype(mx.float32)])
+
+
+def _count(counters: Arrays, skipped: mx.array, norm: mx.array) -> Arrays:
+    """The counters after a step; the loss scale follows Micikevicius et al. 2018,
+    arXiv:1710.03740."""
+    counted = {
+        "updates": counters["updates"] + mx.logical_not(skipped).astype(mx.int32),
+        "lagged_norm": mx.where(skipped, counters["lagged_norm"], norm),
+    }
+    if "loss_scale" in counters:
+        steps = mx.where(skipped, 0, counters["scale_steps"] + 1)
+        grows = steps >= SCALE_PATIENCE
+        scale = mx.where(grows, counters["loss_scale"] * 2, counters["loss_scale"])
+        counted["loss_scale"] = mx.where(skipped, mx.maximum(scale / 2, 1.0), scale)
+        counted["scale_steps"] = mx.where(grows, 0, steps)
+    return counted
+
+
+def _refuse_unsupported(options: SessionOptions) -> None:
+    if options.objective != "lm" or options.adapter is not None:
+        raise BackendError(
+            f"the MLX backend has no objective {options.objective!r} with adapter"
+            f" {options.adapter!r}",
+            why="it trains all parameters on the language-model loss",
+            fix="use objective `lm` without an adapter",
+        )
+    for key in options.backend_options:
+        if key not in OPTIONS:
+            raise ConfigError(f"unknown MLX backend option `{key}`", fix=nearest(key, OPTIONS))

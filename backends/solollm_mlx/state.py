@@ -1,4 +1,4 @@
-"""Between MLX arrays and host tensors, and a session's state held still while it trains on."""
+"""MLX arrays to and from the bits that cross the seam, and the snapshot made of them."""
 
 from __future__ import annotations
 
@@ -10,23 +10,25 @@ import numpy as np
 from solollm.backend import DType, HostTensor, Snapshot, TensorSource
 from solollm.errors import IntegrityError
 
-_TAGS: dict[mx.Dtype, DType] = {
-    mx.float32: "F32", mx.float16: "F16", mx.bfloat16: "BF16", mx.uint8: "U8", mx.int32: "I32",
+TAGS: Mapping[mx.Dtype, DType] = {
+    mx.float32: "F32", mx.float16: "F16", mx.bfloat16: "BF16",
+    mx.int16: "I16", mx.int32: "I32", mx.uint8: "U8",
 }  # fmt: skip
-_DTYPES = {tag: dtype for dtype, tag in _TAGS.items()}
+Specs = Sequence[tuple[str, DType, tuple[int, ...]]]
+Expected = Mapping[str, tuple[mx.Dtype, tuple[int, ...]]]
 
 
 def to_host(array: mx.array) -> HostTensor:
-    """The bits of an evaluated array, without conversion (bf16 as uint16)."""
-    tag = _TAGS[array.dtype]
+    """A copy of an array's bits on the host (bf16 as uint16, which NumPy has)."""
+    tag = TAGS[array.dtype]
     bits = array.view(mx.uint16) if tag == "BF16" else array
     return HostTensor(tag, tuple(array.shape), np.array(bits))
 
 
-def from_host(tensor: HostTensor) -> mx.array:
-    """An array of the same bits."""
-    array = mx.array(np.ascontiguousarray(tensor.data).reshape(tensor.shape))
-    return array.view(mx.bfloat16) if tensor.dtype == "BF16" else array
+def from_host(host: HostTensor) -> mx.array:
+    """An array of the same bits, a copy."""
+    array = mx.array(np.ascontiguousarray(host.data).reshape(host.shape))
+    return array.view(mx.bfloat16) if host.dtype == "BF16" else array
 
 
 class MlxSnapshot(Snapshot):
@@ -42,8 +44,9 @@ class MlxSnapshot(Snapshot):
         states: Mapping[str, mx.array],
         session_state: Mapping[str, int | float],
     ) -> None:
-        self._weights, self._states = dict(weights), dict(states)
+        """The arrays must be evaluated."""
         self.session_state = dict(session_state)
+        self._weights, self._states = dict(weights), dict(states)
 
     def parameters(self) -> Iterator[tuple[str, HostTensor]]:
         return ((name, to_host(array)) for name, array in self._weights.items())
@@ -51,45 +54,74 @@ class MlxSnapshot(Snapshot):
     def optimizer(self) -> Iterator[tuple[str, HostTensor]]:
         return ((name, to_host(array)) for name, array in self._states.items())
 
-    def parameter_specs(self) -> Sequence[tuple[str, DType, tuple[int, ...]]]:
-        return [(n, _TAGS[a.dtype], tuple(a.shape)) for n, a in self._weights.items()]
+    def parameter_specs(self) -> Specs:
+        return _specs(self._weights)
 
-    def optimizer_specs(self) -> Sequence[tuple[str, DType, tuple[int, ...]]]:
-        return [(n, _TAGS[a.dtype], tuple(a.shape)) for n, a in self._states.items()]
+    def optimizer_specs(self) -> Specs:
+        return _specs(self._states)
 
     def close(self) -> None:
-        self._weights, self._states = {}, {}
+        self._weights.clear()
+        self._states.clear()
 
 
-def read_all(
-    source: TensorSource, expected: Mapping[str, tuple[mx.Dtype, tuple[int, ...]]], *, what: str
+def _specs(arrays: Mapping[str, mx.array]) -> Specs:
+    return [(name, TAGS[a.dtype], tuple(a.shape)) for name, a in arrays.items()]
+
+
+def read_weights(
+    source: TensorSource, expected: Expected, *, may_tie: bool = False
 ) -> dict[str, mx.array]:
-    """Every expected array, in the expected order, evaluated. Weights of another floating dtype
-    are widened to fp32; codes must be codes.
+    """Every expected parameter, in the expected order (which decides the order of the norm's sum),
+    evaluated; widened or rounded to the expected dtype. `may_tie`: a second copy of the tied head,
+    which some exporters write, is passed over.
 
     Raises:
-        IntegrityError: naming missing, unexpected and misshapen tensors.
+        IntegrityError: names the missing, unexpected and misshapen ones.
     """
-    given = set(source.names())
-    problems = [f"missing {name}" for name in expected if name not in given]
-    problems += [f"unexpected {name}" for name in sorted(given - set(expected))]
-    arrays: dict[str, mx.array] = {}
-    for name, (dtype, shape) in expected.items():
-        if name not in given:
-            continue
-        tensor = source.read(name)
-        if tuple(tensor.shape) != shape:
-            problems.append(f"{name} has shape {list(tensor.shape)}, expected {list(shape)}")
-        elif (tensor.dtype == "U8") != (dtype == mx.uint8) or tensor.dtype not in _DTYPES:
-            problems.append(f"{name} has dtype {tensor.dtype}, expected {_TAGS[dtype]}")
-        else:
-            arrays[name] = from_host(tensor).astype(dtype)
+    names = set(source.names()) - ({"lm_head.weight"} if may_tie else set())
+    arrays, problems = _read(source, names, expected, exact=False)
     if problems:
         raise IntegrityError(
-            f"the {what} cannot be taken: {'; '.join(problems[:8])}"
-            + (f"; and {len(problems) - 8} more" if len(problems) > 8 else ""),
-            why="names and shapes must be the model's own",
-            fix="check that the checkpoint belongs to this model and optimizer",
+            f"the weights do not fit this model: {'; '.join(problems[:20])}",
+            why=f"{len(problems)} of {len(expected)} tensors differ from its name table",
+            fix="use the configuration that the weights were saved with",
         )
-    mx.eval(arrays)
     return arrays
+
+
+def read_states(source: TensorSource, expected: Expected) -> dict[str, mx.array]:
+    """Every optimizer state, in the expected order, evaluated.
+
+    Raises:
+        IntegrityError: names what is missing, unexpected, or of another dtype or shape.
+    """
+    arrays, problems = _read(source, set(source.names()), expected, exact=True)
+    if problems:
+        shown = ", ".join(problems[:8]) + (", ..." if len(problems) > 8 else "")
+        raise IntegrityError(
+            f"the optimizer state does not fit: {len(problems)} tensors: {shown}",
+            why="its names, dtypes and shapes must be those of this session's optimizer",
+            fix="resume with the optimizer settings that the checkpoint was written with",
+        )
+    return arrays
+
+
+def _read(
+    source: TensorSource, names: set[str], expected: Expected, *, exact: bool
+) -> tuple[dict[str, mx.array], list[str]]:
+    """(the arrays, what is wrong); nothing is read where names differ."""
+    problems = [f"missing {name}" for name in expected if name not in names]
+    problems += [f"unexpected {name}" for name in sorted(names - set(expected))]
+    arrays: dict[str, mx.array] = {}
+    for name, (dtype, shape) in expected.items() if not problems else ():
+        host = source.read(name)
+        allowed = (TAGS[dtype],) if exact else ("F32", "F16", "BF16")
+        if tuple(host.shape) != shape:
+            problems.append(f"misshapen {name}: {list(host.shape)} instead of {list(shape)}")
+        elif host.dtype not in allowed:
+            problems.append(f"{name} is {host.dtype} instead of {' or '.join(allowed)}")
+        else:
+            arrays[name] = from_host(host).astype(dtype)
+            mx.eval(arrays[name])
+    return arrays, problems
