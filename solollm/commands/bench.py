@@ -15,7 +15,12 @@ if TYPE_CHECKING:
 
 @click.group()
 def command() -> None:
-    """Measure speed on this machine."""
+    """Measure speed on this machine, beside the other stacks installed on it.
+
+    \b
+    Example:
+      solollm bench train
+    """
 
 
 @command.command()
