@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -23,13 +23,15 @@ Digest = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 
 class Continuation(BaseModel):
     """What comes next, measured at the checkpoint's own weights: digests and losses (nats/token) of
-    the next two batches, the gradient norm of the first."""
+    the next two batches, the gradient norm of the first. `environment`: what it was measured in, as
+    a run's lineage says it, where that is not what the checkpoint was trained in."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     batches: tuple[str, str]
     losses: tuple[float, float]
     grad_norm: float = Field(ge=0)
+    environment: Mapping[str, Any] | None = None
 
 
 class Certificate(BaseModel):

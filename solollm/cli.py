@@ -27,7 +27,7 @@ COMMANDS = {
     "generate": "Complete a prompt.",
     "chat": "Talk to a model.",
     "export": "Write a model as a folder for transformers, vLLM or mlx-lm.",
-    "runs": "List, show and verify runs.",
+    "runs": "List, show, verify and move runs.",
     "verify": "Prove that killed runs resume to the same bits.",
     "bench": "Measure training speed against other stacks.",
 }

@@ -7,7 +7,10 @@ anywhere else micro-batch, precision and memory are planned anew for the same gl
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any, NamedTuple
+
+from pydantic import ValidationError
 
 from solollm.backend import Backend, Plan, TrainSession
 from solollm.checkpoint import Checkpoint, Environment
@@ -15,6 +18,7 @@ from solollm.config import RunConfig
 from solollm.hardware import read_machine
 from solollm.horizon import updated
 from solollm.runs import Run
+from solollm.strictfile import refused
 
 
 class Recorded(NamedTuple):
@@ -30,6 +34,15 @@ class Recorded(NamedTuple):
         noted = parts[-1]["environment"] if parts else {}
         cpu = noted.get("cpu", "") if isinstance(noted, Mapping) else ""
         return cls(checkpoint.state.environment, str(cpu))
+
+    @classmethod
+    def parse(cls, entry: Mapping[str, Any], path: Path) -> Recorded:
+        """From what `lineage_entry` wrote. Raises IntegrityError; `path` is named in it."""
+        fields = {key: value for key, value in entry.items() if key != "cpu"}
+        try:
+            return cls(Environment.model_validate(fields), str(entry.get("cpu", "")))
+        except ValidationError as error:
+            raise refused(path, "environment", str(error.errors()[0]["msg"])) from error
 
     @property
     def is_same_machine(self) -> bool:

@@ -145,7 +145,7 @@ def prepare(
     if recorded is not None:
         config = for_here(config, recorded, chosen)
     weights = None
-    if config.train.init_from:
+    if config.train.init_from and recorded is None:  # a resumed run has weights of its own
         weights = read_starting_weights(Path(config.train.init_from), tokenizer)
 
     def sample_batch(rows: int, seq_len: int) -> Batch:
@@ -241,8 +241,11 @@ def _go_on(
         rows.append({"kind": "environment_changed", "step": step, "changes": "; ".join(changes)})
     if promised is None:
         return rows
+    measured = recorded
+    if promised.environment is not None:
+        measured = Recorded.parse(promised.environment, checkpoint.path)
     tolerance = tolerance_between(
-        recorded.environment, environment, same_machine=recorded.is_same_machine
+        measured.environment, environment, same_machine=measured.is_same_machine
     )
     found = look_ahead(session, stream, step)
     comparison = compare(promised, found, step=step, tolerance=tolerance)

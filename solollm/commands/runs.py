@@ -1,4 +1,5 @@
-"""`solollm runs list|show|verify`: skins over `solollm.runs` and `solollm.checkpoint`."""
+"""`solollm runs list|show|verify|pack|unpack`: skins over `solollm.runs`, `solollm.checkpoint` and
+`solollm.packing`."""
 
 from __future__ import annotations
 
@@ -17,9 +18,17 @@ _JSON = click.option("--json", "as_json", is_flag=True, help="Print JSON instead
 _RUN = click.argument("run", type=click.Path(path_type=Path))
 
 
-@click.group("runs", epilog="\b\nExample:\n  solollm runs list\n  solollm runs verify runs/first")
+_EPILOG = """\b
+Examples:
+  solollm runs list
+  solollm runs verify runs/first
+  solollm runs pack runs/first first.solo
+"""
+
+
+@click.group("runs", epilog=_EPILOG)
 def command() -> None:
-    """List, show and verify runs."""
+    """List, show, verify and move runs."""
 
 
 @command.command("list", epilog="\b\nExample:\n  solollm runs list\n  solollm runs list old/runs")
@@ -94,6 +103,76 @@ def verify(run: Path, as_json: bool) -> None:
             f" {', '.join(damaged)}",
             fix="`solollm resume` goes on from the newest intact one",
         )
+
+
+_PACK = """\b
+Examples:
+  solollm runs pack runs/first first.solo
+  solollm runs pack runs/first first.solo --without-corpus
+"""
+_UNPACK = """\b
+Example:
+  solollm runs unpack first.solo moved
+  solollm resume moved/runs/first
+"""
+_WITHOUT_CORPUS = click.option(
+    "--without-corpus", is_flag=True, help="Leave the corpus; the other machine has it."
+)
+_BACKEND = click.option(
+    "--backend", default="auto", show_default=True,
+    help="What computes the certificate's next losses, if they are not in it yet.",
+)  # fmt: skip
+
+
+@command.command("pack", epilog=_PACK)
+@_RUN
+@click.argument("archive", type=click.Path(path_type=Path))
+@_WITHOUT_CORPUS
+@click.option("--step", type=click.IntRange(0), help="This checkpoint instead of the newest.")
+@_BACKEND
+@_JSON
+def pack_command(
+    run: Path, archive: Path, without_corpus: bool, step: int | None, backend: str, as_json: bool
+) -> None:
+    """Write RUN into the one file ARCHIVE: its checkpoint, its history and its corpus.
+
+    The checkpoint's certificate says what comes next; where the run goes on, that is computed
+    again first.
+    """
+    from solollm.packing import pack
+    from solollm.planner import format_bytes
+
+    packed = pack(run, archive, with_corpus=not without_corpus, step=step, backend=backend)
+    if as_json:
+        print_json(packed.__dict__)
+        return
+    for reason in packed.skipped:
+        say(f"left behind: {reason}")
+    corpus = f"with {', '.join(packed.corpora)}" if packed.corpora else "without its corpus"
+    say(f"packed step {packed.step}, {corpus}: {packed.num_files} files,")
+    say(f"  {format_bytes(packed.archive_bytes)} in {archive}")
+    say(f"there: solollm runs unpack {archive.name} FOLDER")
+
+
+@command.command("unpack", epilog=_UNPACK)
+@click.argument("archive", type=click.Path(path_type=Path))
+@click.argument("folder", type=click.Path(path_type=Path))
+@_JSON
+def unpack_command(archive: Path, folder: Path, as_json: bool) -> None:
+    """Put a packed run into the project folder FOLDER: runs/NAME and corpora/NAME.
+
+    Every byte is proven before anything appears there; a damaged archive ends with 3.
+    """
+    from solollm.packing import unpack
+
+    unpacked = unpack(archive, folder)
+    if as_json:
+        print_json(unpacked.__dict__)
+        return
+    say(f"{unpacked.num_files} files, all of them proven")
+    for corpus in unpacked.missing:
+        say(f"its corpus is not here: put it at {corpus}, or resume with --corpus")
+    say(f"go on from step {unpacked.step}: solollm resume {unpacked.run}")
 
 
 def _cells(summary: RunSummary) -> list[str]:

@@ -348,6 +348,16 @@ class _Array:
         return np.frombuffer(b"".join(pieces), self._dtype)
 
 
+def corpus_files(corpus: Path, index: CorpusIndex) -> dict[Path, str]:
+    """Every file of tokens and document starts, and its SHA-256."""
+    files = {}
+    for split, record in index.splits.items():
+        for number, shard in enumerate(record.shards):
+            files[shard_path(corpus, split, number)] = shard.sha256
+        files[corpus / split / DOCUMENTS_NAME] = record.documents_sha256
+    return files
+
+
 def verify_corpus(corpus: Path) -> CorpusIndex:
     """Read every byte and compare it with the index.
 
@@ -355,16 +365,11 @@ def verify_corpus(corpus: Path) -> CorpusIndex:
         IntegrityError: names the first file that differs.
     """
     index = read_index(corpus)
-    for split, record in index.splits.items():
+    for split in index.splits:
         SplitReader(corpus, split)
-        expected = {
-            shard_path(corpus, split, number): shard.sha256
-            for number, shard in enumerate(record.shards)
-        }
-        expected[corpus / split / DOCUMENTS_NAME] = record.documents_sha256
-        for path, digest in expected.items():
-            with path.open("rb") as file:
-                found = hashlib.file_digest(file, "sha256").hexdigest()
-            if found != digest:
-                raise _damaged(path, f"its SHA-256 is {found}, the index says {digest}")
+    for path, digest in corpus_files(corpus, index).items():
+        with path.open("rb") as file:
+            found = hashlib.file_digest(file, "sha256").hexdigest()
+        if found != digest:
+            raise _damaged(path, f"its SHA-256 is {found}, the index says {digest}")
     return index
