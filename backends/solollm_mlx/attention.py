@@ -24,19 +24,19 @@ def attend(q: mx.array, k: mx.array, v: mx.array, segments: mx.array | None) -> 
     """
     length = q.shape[2]
     if length <= 2 * BLOCK:
-        return _attend_block(q, k, v, segments=segments, start=0)
+        return attend_block(q, k, v, segments=segments, start=0)
     parts = []
     for start in range(0, length, BLOCK):
         stop = min(length, start + BLOCK)
         own = None if segments is None else segments[:, :stop]
         # Bound now, not when called: mx.checkpoint runs the function again in backward. Segments
         # are integers, which it cannot take as arguments.
-        part = mx.checkpoint(partial(_attend_block, segments=own, start=start))
+        part = mx.checkpoint(partial(attend_block, segments=own, start=start))
         parts.append(part(q[:, :, start:stop], k[:, :, :stop], v[:, :, :stop]))
     return mx.concatenate(parts, axis=2)
 
 
-def _attend_block(
+def attend_block(
     q: mx.array, k: mx.array, v: mx.array, *, segments: mx.array | None, start: int
 ) -> mx.array:
     """Queries at positions `start` onwards against the keys at 0 onwards."""
