@@ -166,14 +166,25 @@ def _refuse_unsupported(raw: Mapping[str, Any]) -> None:
         "mlp_bias": False,
         "hidden_act": "silu",
         "use_sliding_window": False,
+        "rope_traditional": False,
+        "partial_rotary_factor": 1.0,
     }
+    rope = raw.get("rope_parameters")
+    settings = {**(rope if isinstance(rope, Mapping) else {}), **raw}
     for key, value in expected.items():
-        if raw.get(key, value) not in (value, None):
+        if settings.get(key, value) not in (value, None):
             raise ConfigError(
-                f"config.json sets {key} = {raw[key]!r}",
+                f"config.json sets {key} = {settings[key]!r}",
                 why=f"this decoder computes only {key} = {value!r}",
                 fix="use a checkpoint without it",
             )
+    kinds = set(raw.get("layer_types") or ()) - {"full_attention"}
+    if kinds:
+        raise ConfigError(
+            f"config.json has layers of {min(kinds)!r}",
+            why="this decoder computes full causal attention in every layer",
+            fix="use a checkpoint without them",
+        )
 
 
 def _read_rope_scaling(scaling: Mapping[str, Any]) -> RopeScaling | None:

@@ -1,7 +1,7 @@
 """The `solollm` command: a group that loads each subcommand when it is used, and the exit codes.
 
-A subcommand `x` is `solollm/commands/x.py` and its object `command`; the table below holds the
-short helps, so that `solollm --help` imports none of them.
+A subcommand `x` is `solollm/commands/x.py` (a keyword's is `import_.py`) and its object `command`;
+the table below holds the short helps, so that `solollm --help` imports none of them.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import os
 import sys
 from collections.abc import Sequence
 from importlib import import_module
+from keyword import iskeyword
 
 import click
 from click.shell_completion import CompletionItem
@@ -26,6 +27,7 @@ COMMANDS = {
     "resume": "Continue an interrupted run.",
     "generate": "Complete a prompt.",
     "chat": "Talk to a model.",
+    "import": "Make a model of others ready to train on.",
     "export": "Write a model as a folder for transformers, vLLM or mlx-lm.",
     "runs": "List, show, verify and move runs.",
     "verify": "Prove that killed runs resume to the same bits.",
@@ -42,7 +44,8 @@ class LazyGroup(click.Group):
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
         if cmd_name not in COMMANDS:
             return None
-        command: click.Command = import_module(f"solollm.commands.{cmd_name}").command
+        module = f"{cmd_name}_" if iskeyword(cmd_name) else cmd_name
+        command: click.Command = import_module(f"solollm.commands.{module}").command
         return command
 
     def resolve_command(

@@ -17,7 +17,7 @@ from typing import Any
 from solollm.errors import IntegrityError
 
 _MAX_JSON_BYTES = 64 << 20
-_MAX_DIGITS = 20  # of an integer: 2^64 has 20
+_MAX_DIGITS = 32  # of an integer: 2^64 has 20, and transformers writes 10^30 for "no limit"
 _READ_BYTES = 1 << 26  # per call: macOS refuses reads of 2 GB and more
 
 
@@ -73,7 +73,7 @@ def parse_json(
     content: bytes | bytearray | memoryview, path: Path, place: str = "the JSON text"
 ) -> Any:
     """The value of strict JSON: valid UTF-8 without BOM, no key twice, finite numbers, integers of
-    at most 20 digits and without a minus sign before zero. Raises IntegrityError."""
+    at most 32 digits and without a minus sign before zero. Raises IntegrityError."""
     try:
         value = json.loads(
             str(content, "utf-8"),

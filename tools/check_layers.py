@@ -25,13 +25,13 @@ LAYERS = (
     " signals",
     "tensorheader tensorfile backend rounding sampling engine_input tokenizer_format tokenizer"
     " fast_encoding tokenizer_training chat_template",
-    "data schedule manifest certificate checkpoint checkpoint_writer model_folder runlock runs run_log"
-    " bundle archive"
-    " planner registry generation tokenizer_inspection",
+    "data schedule manifest certificate checkpoint checkpoint_writer model_folder runlock runs"
+    " run_log bundle archive planner registry generation tokenizer_inspection",
     "evaluation report held_out continuation completion dialogue",
     "trainer",
     "pretraining environments horizon starting_weights run_streams",
-    "export importing cargo packing pushing testing resume_proof quickstart doctor benchmark",
+    "export importing cargo packing far_side pushing testing resume_proof quickstart doctor"
+    " benchmark",
     "commands",
     "cli",
     "__main__",
