@@ -1,7 +1,7 @@
 """What a few minutes of training reach: held-out bits per byte on Python's standard library.
 
     python3 tools/bench_recipe.py --seconds 90 --seconds 180     quality in time
-    python3 tools/bench_recipe.py --ladder                       depths at the dial's own horizons
+    python3 tools/bench_recipe.py --ladder 2 3 4                 depths at the dial's own horizons
 
 The text is the running Python's standard library without tests and codec tables; the files whose
 SHA-1 is 0 modulo 20 are held out (5%). Seconds are process CPU time over the number of threads, so
@@ -42,9 +42,8 @@ def main() -> None:
             standard_library_sources(), corpus, vocab_size=arguments.vocab_size,
             split_rule="sha1-mod20",
         )  # fmt: skip
-        if arguments.ladder:
-            for depth in (2, 3, 4):
-                print(json.dumps(train_horizon(corpus, depth, arguments)), flush=True)
+        for depth in arguments.ladder:
+            print(json.dumps(train_horizon(corpus, depth, arguments)), flush=True)
         for seconds in arguments.seconds:
             print(json.dumps(train_for(corpus, seconds, threads, arguments)), flush=True)
 
@@ -139,7 +138,7 @@ def _settings(arguments: argparse.Namespace) -> dict[str, Any]:
 def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--seconds", type=float, action="append", default=[])
-    parser.add_argument("--ladder", action="store_true")
+    parser.add_argument("--ladder", type=int, nargs="+", default=[], metavar="DEPTH")
     parser.add_argument("--optimizer", default="muon", choices=("muon", "adamw"))
     parser.add_argument("--lr", type=float, default=6e-3)
     parser.add_argument("--rows", type=int, default=8)
