@@ -38,13 +38,14 @@ class MlxBackend(Backend):
 
     @classmethod
     def probe(cls) -> Probe:
-        if find_spec("mlx") is None:
-            fix = "pip install 'solollm[mlx]'"
-            return Probe(False, f"mlx is not installed ({fix})", "", 0)
-        if sys.platform == "darwin" and platform.machine() == "arm64":
-            return Probe(True, "Apple GPU", "apple gpu", APPLE_GPU_PRIORITY)
-        if sys.platform == "darwin":
+        if sys.platform == "darwin" and platform.machine() != "arm64":
             return Probe(False, "MLX has no build for Intel Macs", "", 0)
+        missing = _missing_package()
+        if missing:
+            fix = "pip install 'solollm[mlx]'"
+            return Probe(False, f"{missing} is not installed ({fix})", "", 0)
+        if sys.platform == "darwin":
+            return Probe(True, "MLX on an Apple GPU", "apple gpu", APPLE_GPU_PRIORITY)
         return Probe(True, "MLX on the CPU", "cpu", CPU_PRIORITY)
 
     def capabilities(self) -> Capabilities:
@@ -93,6 +94,18 @@ class MlxBackend(Backend):
         if options.compute_dtype == "auto":
             options = replace(options, compute_dtype=_inference_dtype())
         return MlxEngine.load(checkpoint, options)
+
+
+def _missing_package() -> str:
+    """The first package that training and generation need and that is not here."""
+    found = find_spec("mlx")
+    if found is None or found.submodule_search_locations is None:
+        return "mlx"
+    # On Linux the library is a package of its own, which a plain `pip install mlx` leaves out.
+    folders = [Path(folder) / "lib" for folder in found.submodule_search_locations]
+    if not any(path.stem == "libmlx" for folder in folders for path in folder.glob("libmlx.*")):
+        return "mlx[cpu]"
+    return "" if find_spec("mlx_lm") else "mlx-lm"
 
 
 def _version() -> str:
