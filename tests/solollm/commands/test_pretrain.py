@@ -15,6 +15,7 @@ import pytest
 from solollm.checkpoint import latest_checkpoint, open_checkpoint
 from solollm.cli import main
 from solollm.config import dump_config
+from solollm.dial import TOKENS_PER_PARAMETER
 from solollm.horizon import updated
 from solollm.pretraining import resume
 from solollm.resume_proof import tiny_config
@@ -150,7 +151,7 @@ def test_a_dry_run_shows_the_plan_and_writes_nothing(
     printed = capsys.readouterr().out
     if as_json:
         shown: dict[str, Any] = json.loads(printed)
-        assert shown["steps"] * shown["tokens_per_step"] >= 20 * 120_000
+        assert shown["steps"] * shown["tokens_per_step"] >= TOKENS_PER_PARAMETER * 120_000
         assert shown["config"]["model"]["config"]["num_hidden_layers"] == 2
         assert sum(shown["memory_bytes"].values()) < shown["memory_limit_bytes"]
     else:
