@@ -2,8 +2,8 @@
 
 Packed rows hold several documents and attention stays within each. `Segments` is made once per
 micro-batch from `segment_ids`; `attend` is called once per layer. On the CPU every document is
-attended to on its own, so that no masked product is computed and a document cannot even round
-differently when its neighbour changes; elsewhere one boolean mask serves all rows.
+attended to on its own, so that no masked product is computed; elsewhere, and under the compiler
+(which would trace a loop over documents anew for every batch), one boolean mask serves all rows.
 
 Shapes: B rows, T positions, H query heads, K key/value heads, D head size.
 """
@@ -39,19 +39,21 @@ class Segments(NamedTuple):
     """The documents of a micro-batch. They cover it without overlap."""
 
     documents: tuple[Document, ...]
-    mask: Tensor | None  # bool [B, 1, T, T], True where attention is allowed; None on the CPU
+    mask: Tensor | None  # bool [B, 1, T, T], True where attention is allowed; instead of documents
 
     @classmethod
-    def of(cls, segment_ids: np.ndarray, device: torch.device) -> Segments | None:
+    def of(
+        cls, segment_ids: np.ndarray, device: torch.device, *, masked: bool = False
+    ) -> Segments | None:
         """From int [B, T], equal ids contiguous; None when every row is one document."""
         borders = segment_ids[:, 1:] != segment_ids[:, :-1]  # [B, T - 1]
         if not borders.any():
             return None
-        mask = None
-        if device.type != "cpu":
-            ids = torch.from_numpy(np.ascontiguousarray(segment_ids)).to(device)
-            mask = (ids.unsqueeze(1) == ids.unsqueeze(2)).tril().unsqueeze(1)  # [B, 1, T, T]
-        return cls(tuple(_documents(borders)), mask)
+        if device.type == "cpu" and not masked:
+            return cls(tuple(_documents(borders)), None)
+        ids = torch.from_numpy(np.ascontiguousarray(segment_ids)).to(device)
+        same = ids.unsqueeze(1) == ids.unsqueeze(2)  # [B, T, T]
+        return cls((), same.tril().unsqueeze(1))
 
 
 def _documents(borders: np.ndarray) -> list[Document]:

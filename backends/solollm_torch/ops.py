@@ -57,26 +57,27 @@ def rotary_table(config: ModelConfig, length: int, device: torch.device) -> Rota
     return Rotary(angle.cos().to(device), angle.sin().to(device))
 
 
-def by_hand(x: Tensor) -> bool:
-    """Whether to use the hand-written gradients: eager, and gradients are wanted."""
-    return torch.is_grad_enabled() and not torch.compiler.is_compiling() and x.requires_grad
+def by_hand() -> bool:
+    """Whether to use the hand-written gradients: eager, and gradients may be wanted."""
+    return torch.is_grad_enabled() and not torch.compiler.is_compiling()
 
 
 def linear(x: Tensor, weight: Tensor) -> Tensor:
     """x [..., in] times weight [out, in] transposed: [..., out]."""
-    if by_hand(x):
+    if by_hand():
         result: Tensor = _Linear.apply(x, weight)  # type: ignore[no-untyped-call]
         return result
     return product(x, weight.to(x.dtype))
 
 
 def product(x: Tensor, weight: Tensor) -> Tensor:
-    """x [..., in] @ weight.T [in, out], without gradient bookkeeping, by the faster library.
+    """x [..., in] @ weight.T [in, out] by the faster library; autograd cannot see through it.
 
-    On AMD processors oneDNN multiplies fp32 matrices 10% to 15% faster than MKL, which PyTorch
-    calls there; on Intel's they are equal. The operator is the one TorchInductor emits.
+    PyTorch multiplies fp32 matrices with MKL, which on AMD processors takes 10% to 15% longer than
+    oneDNN's kernels. The operator that calls those is the one TorchInductor emits.
     """
-    if x.dtype == torch.float32 and x.device.type == "cpu" and _onednn_is_faster():
+    on_cpu = x.dtype == torch.float32 and x.device.type == "cpu"
+    if on_cpu and not torch.compiler.is_compiling() and _onednn_is_faster():
         onednn: Tensor = torch.ops.mkldnn._linear_pointwise(x, weight, None, "none", [], "")
         return onednn
     return functional.linear(x, weight)
@@ -114,12 +115,14 @@ class _Linear(Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor | None]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None]:
         (x,) = ctx.saved_tensors
-        grad_x = product(grad, ctx.weight.to(grad.dtype).t())
-        if not ctx.needs_input_grad[1]:
-            return grad_x, None
-        return grad_x, add_outer(ctx.weight, grad.flatten(0, -2), x.flatten(0, -2))
+        grad_x = grad_weight = None
+        if ctx.needs_input_grad[0]:
+            grad_x = product(grad, ctx.weight.to(grad.dtype).t())
+        if ctx.needs_input_grad[1]:
+            grad_weight = add_outer(ctx.weight, grad.flatten(0, -2), x.flatten(0, -2))
+        return grad_x, grad_weight
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -127,7 +130,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 
     A compute dtype below fp32 is widened inside. CUDA has fused kernels for both directions.
     """
-    if by_hand(x) and x.device.type == "cpu":
+    if by_hand() and x.device.type == "cpu":
         result: Tensor = _RMSNorm.apply(x, weight, eps)  # type: ignore[no-untyped-call]
         return result
     return functional.rms_norm(x, (x.shape[-1],), weight.to(x.dtype), eps)
@@ -159,7 +162,7 @@ class _RMSNorm(Function):
 
 def swiglu(gate_up: Tensor) -> Tensor:
     """silu(gate) * up of [..., 2 F]: [..., F] (Shazeer 2020, arXiv:2002.05202)."""
-    if by_hand(gate_up):
+    if by_hand():
         result: Tensor = _SwiGLU.apply(gate_up)  # type: ignore[no-untyped-call]
         return result
     gate, up = gate_up.chunk(2, dim=-1)
@@ -205,7 +208,7 @@ def split_heads(
     `norms`: the weights [D] of the RMSNorm on query and on key heads, before the rotation. The
     caller gives `qkv` away: with gradients it is rotated in place.
     """
-    if norms is None and by_hand(qkv):
+    if norms is None and by_hand():
         q, k, v = _SplitHeads.apply(qkv, num_heads, rotary)  # type: ignore[no-untyped-call]
         return q, k, v
     q, k, v = torch.split(qkv, _head_counts(qkv, num_heads), dim=-2)

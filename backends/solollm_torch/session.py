@@ -191,7 +191,8 @@ class TorchSession(TrainSession):
         input_ids = torch.from_numpy(batch.input_ids[rows].astype(np.int64)).to(self._device)
         segments = None
         if batch.segment_ids is not None:
-            segments = Segments.of(batch.segment_ids[rows], self._device)
+            masked = bool(self._settings["compile"])
+            segments = Segments.of(batch.segment_ids[rows], self._device, masked=masked)
         weights = None if batch.token_weights is None else batch.token_weights[rows]
         return input_ids, segments, Targets.of(batch.labels[rows], weights, self._device)
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shutil
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -9,9 +11,12 @@ import pytest
 import torch
 from solollm_torch.attention import Segments
 from solollm_torch.model import Decoder
+from solollm_torch.ops import linear
+from solollm_torch.session import TorchSession
 from torch.nn import functional
 
 from solollm.architecture import ModelConfig, RopeScaling, parameter_table
+from solollm.backend import Batch
 
 VARIANTS: dict[str, dict[str, Any]] = {
     "grouped-untied": {},
@@ -150,12 +155,13 @@ def test_packed_documents_equal_separate_ones(variant: ModelConfig) -> None:
 
 
 @pytest.mark.parametrize("with_gradients", [False, True])
+@pytest.mark.parametrize("masked", [False, True])
 def test_changing_a_document_moves_no_bit_of_another(
-    tiny_config: ModelConfig, with_gradients: bool
+    tiny_config: ModelConfig, with_gradients: bool, masked: bool
 ) -> None:
-    """A masked product still rounds with its neighbours; documents must not share one."""
+    """Not even a rounding may leak from one document to the next, in either form."""
     decoder = decoder_of(tiny_config, random_weights(tiny_config))
-    segments = Segments.of(SEGMENTS, CPU)
+    segments = Segments.of(SEGMENTS, CPU, masked=masked)
     before, changed = tokens(tiny_config, 3, 64), tokens(tiny_config, 3, 64)
     changed[0, :50] = tokens(tiny_config, 1, 50, seed=9)[0]
     with torch.set_grad_enabled(with_gradients):
@@ -166,21 +172,44 @@ def test_changing_a_document_moves_no_bit_of_another(
 
 
 def test_boolean_mask_equals_the_loop_over_documents(tiny_config: ModelConfig) -> None:
-    """The form used on cards, checked here against the exact one."""
+    """The form used on cards and under the compiler, checked here against the loop."""
     decoder = decoder_of(tiny_config, random_weights(tiny_config))
     input_ids = tokens(tiny_config, 3, 64)
-    segments = Segments.of(SEGMENTS, CPU)
-    assert segments is not None
-    same = torch.from_numpy(SEGMENTS[:, :, None] == SEGMENTS[:, None, :])
-    masked = Segments(segments.documents, same.tril().unsqueeze(1))
-    np.testing.assert_allclose(
-        decoder.logits(input_ids, masked).detach(),
-        decoder.logits(input_ids, segments).detach(),
-        rtol=0,
-        atol=1e-4,
-    )
+    loop, mask = Segments.of(SEGMENTS, CPU), Segments.of(SEGMENTS, CPU, masked=True)
+    assert mask is not None
+    assert mask.mask is not None
+    expected, actual = (decoder.logits(input_ids, segments).detach() for segments in (loop, mask))
+    np.testing.assert_allclose(actual, expected, rtol=0, atol=1e-5 * expected.abs().max().item())
 
 
 def test_rows_of_one_document_need_no_segments() -> None:
     """The common case must take the fast path, whatever the ids are."""
     assert Segments.of(np.array([[4, 4, 4], [9, 9, 9]]), CPU) is None
+
+
+def test_linear_gives_the_weights_gradient_for_an_input_without_one() -> None:
+    """The fast product is invisible to autograd: it must never run where a gradient is wanted."""
+    weight = torch.nn.Parameter(torch.randn(3, 5))
+    x = torch.randn(7, 5)
+    linear(x, weight).sum().backward()
+    assert weight.grad is not None
+    np.testing.assert_allclose(weight.grad, x.sum(0).expand(3, 5), rtol=0, atol=1e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")  # PyTorch warns of its own code while it traces
+def test_compiled_blocks_equal_eager_ones(
+    make_session: Callable[..., TorchSession], make_batch: Callable[..., Batch]
+) -> None:
+    """The compiler traces other formulas than eager runs: packed rows and accumulation included."""
+    if shutil.which("g++") is None:
+        pytest.skip("no C++ compiler")
+    eager = make_session(micro_batch_size=4)
+    compiled = make_session(micro_batch_size=4, backend_options={"compile": True})
+    assert compiled.settings["compile"] is True
+    for packed in (False, True, False):
+        batch = make_batch(8, 64, packed=packed)
+        expected = eager.train_step(batch, lr=1e-3).result()
+        actual = compiled.train_step(batch, lr=1e-3).result()
+        np.testing.assert_allclose(actual.loss, expected.loss, rtol=1e-5)
+        np.testing.assert_allclose(actual.grad_norm, expected.grad_norm, rtol=1e-4)
