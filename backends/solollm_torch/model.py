@@ -62,7 +62,7 @@ class Block(nn.Module):
         norms = None
         if self.q_norm is not None and self.k_norm is not None:
             norms = (self.q_norm, self.k_norm)
-        return split_heads(qkv, self.num_heads, rotary, norms, self.eps)
+        return split_heads(qkv, self.num_heads, rotary, norms=norms, eps=self.eps)
 
     def merge(self, x: Tensor, attended: Tensor) -> Tensor:
         """Add the attention output [B, H, T, D] to the residual stream [B, T, C]."""

@@ -200,6 +200,7 @@ def split_heads(
     qkv: Tensor,
     num_heads: int,
     rotary: Rotary,
+    *,
     norms: tuple[nn.Parameter, nn.Parameter] | None,
     eps: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
