@@ -1,5 +1,5 @@
-"""`solollm runs list|show|verify|pack|unpack`: skins over `solollm.runs`, `solollm.checkpoint` and
-`solollm.packing`."""
+"""`solollm runs list|show|verify|pack|unpack|push`: skins over `solollm.runs`,
+`solollm.checkpoint`, `solollm.packing` and `solollm.pushing`."""
 
 from __future__ import annotations
 
@@ -173,6 +173,52 @@ def unpack_command(archive: Path, folder: Path, as_json: bool) -> None:
     for corpus in unpacked.missing:
         say(f"its corpus is not here: put it at {corpus}, or resume with --corpus")
     say(f"go on from step {unpacked.step}: solollm resume {unpacked.run}")
+
+
+_PUSH = """\b
+Examples:
+  solollm runs push runs/first ada@studio.local:models
+  solollm runs push runs/first ada@box:models --without-corpus --ssh "ssh -p 2222"
+"""
+
+
+@command.command("push", epilog=_PUSH)
+@_RUN
+@click.argument("target", metavar="USER@HOST:DIR")
+@_WITHOUT_CORPUS
+@_BACKEND
+@click.option("--ssh", default="ssh", show_default=True, help="The ssh command, with its options.")
+@_JSON
+def push_command(
+    run: Path, target: str, without_corpus: bool, backend: str, ssh: str, as_json: bool
+) -> None:
+    """Send RUN to another machine by rsync over ssh: DIR/runs/NAME and DIR/corpora/NAME there.
+
+    What is there already is not sent. If the connection breaks off this ends with 75; the same
+    command goes on where it ended. Every byte is proven there before it gets its name. The other
+    machine needs rsync and Python 3.
+    """
+    import shlex
+
+    from solollm.planner import format_bytes
+    from solollm.pushing import Programs, push
+
+    def tell(name: str, size: int) -> None:
+        if not as_json:
+            say(f"  {name}  {format_bytes(size)}")
+
+    pushed = push(
+        run, target, with_corpus=not without_corpus, backend=backend,
+        programs=Programs(ssh=tuple(shlex.split(ssh))), on_send=tell,
+    )  # fmt: skip
+    if as_json:
+        print_json(pushed.__dict__)
+        return
+    for reason in pushed.skipped:
+        say(f"left behind: {reason}")
+    say(f"step {pushed.step} is on {pushed.host}, every byte proven: {pushed.sent_files} of")
+    say(f"  {pushed.num_files} files were sent, {format_bytes(pushed.sent_bytes)}")
+    say(f"there: solollm resume {pushed.run}")
 
 
 def _cells(summary: RunSummary) -> list[str]:
