@@ -17,7 +17,7 @@ import math
 import os
 import sys
 import tomllib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -140,6 +140,24 @@ class Run:
         if not isinstance(lineage, list) or not all(_is_lineage(part) for part in lineage):
             raise refused(path, "the JSON text", "is no list of environments")
         return lineage
+
+
+class Stretch(NamedTuple):
+    """Steps `first_step` to `last_step`, counted from 1, were done in one environment."""
+
+    first_step: int
+    last_step: int
+    environment: Mapping[str, Any]
+
+
+def stretches(lineage: Sequence[Mapping[str, Any]], last_step: int) -> list[Stretch]:
+    """Which steps up to `last_step` ran where, by a run's lineage."""
+    ends = [part["first_step"] for part in lineage[1:]] + [last_step]
+    parts = [
+        Stretch(part["first_step"] + 1, min(end, last_step), part.get("environment", part))
+        for part, end in zip(lineage, ends, strict=False)  # no lineage: an end too many
+    ]
+    return [part for part in parts if part.first_step <= part.last_step]
 
 
 class RunSummary(NamedTuple):

@@ -12,7 +12,7 @@ from solollm.commands import console, print_json
 from solollm.commands.pretrain import say
 
 if TYPE_CHECKING:
-    from solollm.runs import Run, RunSummary
+    from solollm.runs import Run, RunSummary, Stretch
 
 _JSON = click.option("--json", "as_json", is_flag=True, help="Print JSON instead.")
 _RUN = click.argument("run", type=click.Path(path_type=Path))
@@ -56,7 +56,7 @@ def show(run: Path, as_json: bool) -> None:
     """What RUN is and how it went; writes its report.html anew."""
     from solollm.checkpoint import list_checkpoints
     from solollm.report.html import write_report
-    from solollm.runs import Run, summarize
+    from solollm.runs import Run, stretches, summarize
 
     opened = Run.open(run)
     page = write_report(opened)
@@ -70,14 +70,15 @@ def show(run: Path, as_json: bool) -> None:
         "loss": summary.last_loss,
         **_last_evaluation(opened),
         "checkpoints": steps,
-        "environments": [_environment(part) for part in opened.read_lineage()],
+        "ran_on": [_stretch(part) for part in stretches(opened.read_lineage(), summary.step)],
         "report": str(page),
     }
     if as_json:
         print_json(facts)
         return
     for name, value in facts.items():
-        text = ", ".join(map(str, value)) if isinstance(value, list) else str(value)
+        between = "\n" + " " * 15 if name == "ran_on" else ", "
+        text = between.join(map(str, value)) if isinstance(value, list) else str(value)
         say(f"{name.replace('_', ' '):14} {text}")
 
 
@@ -234,9 +235,14 @@ def _last_evaluation(run: Run) -> dict[str, Any]:
     return {"held_out_loss": rows[-1]["loss"], "bits_per_byte": rows[-1]["bits_per_byte"]}
 
 
-def _environment(part: dict[str, Any]) -> str:
-    environment = part["environment"]
-    return f"from step {part['first_step']}: {environment['backend']} on {environment['device']}"
+def _stretch(part: Stretch) -> str:
+    """One line: which steps ran on what."""
+    environment = part.environment
+    steps = f"steps {part.first_step:,} to {part.last_step:,}"
+    facts = f"{environment.get('backend')} on {environment.get('device')}"
+    cpu, dtype = environment.get("cpu"), environment.get("compute_dtype")
+    versions = " ".join(f"{n} {v}" for n, v in (environment.get("versions") or {}).items() if v)
+    return f"{steps}: " + ", ".join(str(fact) for fact in (facts, dtype, cpu, versions) if fact)
 
 
 def _table(head: list[str], rows: list[list[str]]) -> None:

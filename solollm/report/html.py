@@ -20,7 +20,7 @@ from solollm.durable import replace_file
 from solollm.planner import format_bytes
 from solollm.report.charts import Chart, Series, Style, count_text, line_chart, smooth
 from solollm.report.page import SCRIPT, STYLE
-from solollm.runs import Run
+from solollm.runs import Run, stretches
 
 Row = Mapping[str, Any]
 
@@ -71,7 +71,7 @@ def render(facts: RunFacts) -> str:
         ("", _charts(facts)),
         ("Samples", _samples(facts.rows("sample"))),
         ("Evaluations on held-out text", _evaluations(facts.rows("eval"))),
-        ("Where it ran", _lineage(facts.lineage)),
+        ("Where it ran", _lineage(facts)),
         ("", _folded("Configuration", f"<pre>{html.escape(facts.config_text)}</pre>")),
         ("", _folded("Plan", _plan(facts.plan))),
         ("", _folded("Events", _events(facts.events))),
@@ -200,14 +200,17 @@ def _evaluations(rows: Sequence[Row]) -> str:
     return table(["step", "loss", "bits per byte", "targets", "time"], cells)
 
 
-def _lineage(entries: Sequence[Row]) -> str:
+def _lineage(facts: RunFacts) -> str:
     """One line per machine or session, with every field that says what it ran on."""
+    steps = [int(step) for row in facts.rows("train") if (step := _number(row, "step"))]
     rows = []
-    for entry in entries:
-        environment = entry.get("environment", entry)
-        shown = [f"{k}: {_plain(v)}" for k, v in environment.items() if v not in (None, "", {}, [])]
-        rows.append([_figure(entry, "first_step", "{:,}"), html.escape("; ".join(shown))])
-    return table(["from step", "on"], rows) if rows else ""
+    for part in stretches(facts.lineage, max(steps, default=0)):
+        shown = [
+            f"{k}: {_plain(v)}" for k, v in part.environment.items() if v not in (None, "", {}, [])
+        ]
+        place = html.escape("; ".join(shown))
+        rows.append([f"{part.first_step:,} to {part.last_step:,}", place])
+    return table(["steps", "on"], rows) if rows else ""
 
 
 def _plan(plan: Row) -> str:

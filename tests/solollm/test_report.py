@@ -252,3 +252,14 @@ def test_sparkline_falls_and_fits() -> None:
     assert len(shown) <= 24
     assert (shown[0], shown[-1]) == ("█", "▁")
     assert sparkline([1.0]) == ""
+
+
+def test_the_page_says_which_steps_ran_where() -> None:
+    """A run that moved, shown as if it had stayed."""
+    lineage = [
+        {"first_step": 0, "environment": {"backend": "mlx", "cpu": "Apple M4"}},
+        {"first_step": 100, "environment": {"backend": "torch", "cpu": "EPYC"}},
+    ]
+    page = render(_facts(300, lineage=lineage))
+    assert "<td>1 to 100</td><td>backend: mlx; cpu: Apple M4</td>" in page
+    assert "<td>101 to 300</td><td>backend: torch; cpu: EPYC</td>" in page

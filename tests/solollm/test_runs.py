@@ -19,7 +19,7 @@ import pytest
 from solollm import durable
 from solollm.config import RunConfig, parse_config
 from solollm.errors import ConfigError, IntegrityError, RunLocked, SoloLLMError
-from solollm.runs import Run, list_runs
+from solollm.runs import Run, list_runs, stretches
 
 # Python 3.12 warns of forks beside threads; the children here touch no thread.
 pytestmark = pytest.mark.filterwarnings("ignore:This process:DeprecationWarning")
@@ -101,6 +101,20 @@ def test_lineage_follows_the_steps_of_the_weights(run: Run) -> None:
     (run.path / "lineage.json").write_text("{}")
     with pytest.raises(IntegrityError, match=r"lineage\.json"):
         run.read_lineage()
+
+
+def test_stretches_say_which_steps_ran_where() -> None:
+    """Guards what `runs show` and report.html tell of a run that moved: every step once, counted
+    from 1, and nothing of an environment in which no step was done."""
+    lineage = [
+        {"first_step": 0, "environment": {"backend": "mlx"}},
+        {"first_step": 40, "environment": {"backend": "torch"}},
+        {"first_step": 60, "environment": {"backend": "mlx"}},
+    ]
+    told = [(p.first_step, p.last_step, p.environment["backend"]) for p in stretches(lineage, 75)]
+    assert told == [(1, 40, "mlx"), (41, 60, "torch"), (61, 75, "mlx")]
+    assert [part[:2] for part in stretches(lineage, 60)] == [(1, 40), (41, 60)]
+    assert stretches(lineage, 0) == stretches([], 9) == []
 
 
 def test_plan_round_trip(run: Run) -> None:
