@@ -1,8 +1,10 @@
 """AdamW and Muon over canonical tensors, with fp32 or 8-bit states.
 
-Pure functions of (weights, states, gradients), so that an update is one compiled graph. The
-formulas are those of `solollm_torch/optim.py`; MLX's own optimizers are not used, because its AdamW
-leaves out bias correction by default and its Muon couples the weight decay.
+The formulas are those of `solollm_torch/optim.py`; MLX's own optimizers are not used, because its
+AdamW leaves out bias correction by default and its Muon couples the weight decay. Arrays are
+immutable, so an update makes new ones; it goes through the tensors in groups, and a group's old
+arrays are gone before the next group but one is begun. In one graph over all tensors the whole
+state would be held twice.
 
 States are a flat dict, named as they lie on disk; 8-bit states are decoded, updated and encoded
 again by `codec`.
@@ -13,8 +15,9 @@ Shapes: N matrices of one shape, R rows, C columns.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
-from typing import NamedTuple
+from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
+from typing import Any, NamedTuple
 
 import mlx.core as mx
 
@@ -24,22 +27,71 @@ from solollm.optim_codec import State, codebook, is_quantized, num_blocks
 from solollm_mlx.codec import dequantize, quantize
 
 Arrays = dict[str, mx.array]
-MUON_BATCH_ELEMENTS = 1 << 22  # matrices orthogonalised at once: bounds the scratch memory
+GROUP_ELEMENTS = 1 << 22  # of the tensors updated at once: bounds what is held twice
 NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)  # Jordan 2024, https://kellerjordan.github.io/posts/muon
 NEWTON_SCHULZ_STEPS = 5
 
 
-class Rates(NamedTuple):
-    """What every tensor's update shares, each a float32 scalar. `decay`: what a decayed weight is
-    multiplied by."""
+class Kind(NamedTuple):
+    """What decides a tensor's formula: its optimizer, 8-bit states or not, decayed or not."""
+
+    is_muon: bool
+    is_coded: bool
+    decays: bool
+
+    @property
+    def states(self) -> tuple[State, ...]:
+        return ("momentum_buffer",) if self.is_muon else ("exp_avg", "exp_avg_sq")
+
+    def state_names(self, parameter: str) -> list[str]:
+        """Names as on disk, in file order."""
+        names = [f"{state}.{parameter}" for state in self.states]
+        if not self.is_coded:
+            return names
+        return [part for name in names for part in (name, f"{name}.absmax")]
+
+
+class Group(NamedTuple):
+    """Parameters of one kind and shape, updated at once."""
+
+    kind: Kind
+    names: list[str]
+    shape: tuple[int, ...]
+
+
+class Step(NamedTuple):
+    """What every tensor's update shares; scalars on the device.
+
+    `lr` float32; `decay` float32: what a decayed weight is multiplied by; `updates` int32: how many
+    were applied before this one; `factor` float32: what gradients are multiplied by (clipping);
+    `skipped` bool: nothing is to change.
+    """
 
     lr: mx.array
     decay: mx.array
+    updates: mx.array
+    factor: mx.array
+    skipped: mx.array
 
     @classmethod
-    def of(cls, lr: float, table: OptimizerTable) -> Rates:
-        # 1 - lr * decay is rounded once, from float64, as torch does it.
-        return cls(mx.array(lr, mx.float32), mx.array(1 - lr * table.weight_decay, mx.float32))
+    def of(
+        cls,
+        lr: float,
+        table: OptimizerTable,
+        *,
+        updates: mx.array,
+        factor: mx.array | None = None,
+        skipped: mx.array | None = None,
+    ) -> Step:
+        """`factor` None: 1; `skipped` None: no."""
+        return cls(
+            lr=mx.array(lr, mx.float32),
+            # Rounded once, from float64, as torch does it.
+            decay=mx.array(1 - lr * table.weight_decay, mx.float32),
+            updates=updates,
+            factor=mx.array(1.0) if factor is None else factor,
+            skipped=mx.array(False) if skipped is None else skipped,
+        )
 
 
 class Optimizer:
@@ -51,29 +103,19 @@ class Optimizer:
     that of AdamW and one lr serves both (Liu et al. 2025, arXiv:2502.16982).
     """
 
-    def __init__(self, model: ModelConfig, table: OptimizerTable) -> None:
+    def __init__(self, model: ModelConfig, table: OptimizerTable, *, compiled: bool) -> None:
         self.table = table
-        self._adamw: list[ParameterSpec] = []
-        self._coded: set[str] = set()
         self._specs: dict[str, tuple[mx.Dtype, tuple[int, ...]]] = {}
-        matrices: dict[tuple[int, ...], list[ParameterSpec]] = {}
+        alike: dict[tuple[Kind, tuple[int, ...]], list[str]] = {}
         for spec in parameter_table(model):
-            if table.state_bits == 8 and is_quantized(spec.shape, spec.group):
-                self._coded.add(spec.name)
-            if table.name == "muon" and spec.group == "matrix":
-                matrices.setdefault(spec.shape, []).append(spec)
-                self._specify("momentum_buffer", spec)
-                continue
-            self._adamw.append(spec)
-            self._specify("exp_avg", spec)
-            self._specify("exp_avg_sq", spec)
-        self._muon = [batch for specs in matrices.values() for batch in _batches(specs)]
-
-    def _specify(self, state: State, spec: ParameterSpec) -> None:
-        name, coded = f"{state}.{spec.name}", spec.name in self._coded
-        self._specs[name] = (mx.uint8 if coded else mx.float32, spec.shape)
-        if coded:
-            self._specs[f"{name}.absmax"] = (mx.float32, (num_blocks(spec.shape),))
+            kind = _kind(spec, table)
+            alike.setdefault((kind, spec.shape), []).append(spec.name)
+            self._specs |= _state_specs(kind, spec)
+        self._groups = [
+            g for (kind, shape), names in alike.items() for g in _cut(kind, names, shape)
+        ]
+        wrap: Any = mx.compile if compiled else lambda function: function
+        self._updates = {kind: wrap(partial(self._update, kind)) for kind, _ in alike}
 
     def specs(self) -> Mapping[str, tuple[mx.Dtype, tuple[int, ...]]]:
         """Name -> (dtype, shape) of every state, in table order."""
@@ -86,45 +128,84 @@ class Optimizer:
             for name, (dtype, shape) in self._specs.items()
         }
 
-    def update(
-        self, weights: Arrays, states: Arrays, gradients: Arrays, *, rates: Rates, updates: mx.array
-    ) -> tuple[Arrays, Arrays]:
-        """New weights and new states, in the order of the old.
+    def step(self, weights: Arrays, states: Arrays, gradients: Arrays, step: Step) -> None:
+        """Put new weights and states into the place of the old; the gradients (fp32) are taken out
+        of their dict as they are used. The last group is left to be evaluated by the caller."""
+        under_way: list[Any] = []
+        elements = 0
+        for group in self._groups:
+            if elements >= GROUP_ELEMENTS:
+                mx.eval(under_way)
+                under_way, elements = [], 0
+            state_names = [group.kind.state_names(name) for name in group.names]
+            new_weights, new_states = self._updates[group.kind](
+                [weights[name] for name in group.names],
+                [[states[name] for name in names] for names in state_names],
+                [gradients.pop(name) for name in group.names],
+                step,
+            )
+            weights.update(zip(group.names, new_weights, strict=True))
+            for names, new in zip(state_names, new_states, strict=True):
+                states.update(zip(names, new, strict=True))
+            under_way += [new_weights, new_states]
+            elements += len(group.names) * math.prod(group.shape)
 
-        `gradients`: fp32 and already clipped. `updates`: int32 scalar, how many were applied before
-        this one.
-        """
-        new_weights, new_states = dict(weights), dict(states)
-        for spec in self._adamw:
-            weight, gradient = weights[spec.name], gradients[spec.name]
-            step, moved = self._adamw_step(spec, states, gradient, updates)
-            new_states |= moved
-            new_weights[spec.name] = _decayed(spec, weight, rates) - rates.lr * step
-        momentum = self._momentum(updates)
-        for specs in self._muon:
-            directions = []
-            for spec in specs:
-                direction, moved = self._accumulate(spec, states, gradients[spec.name], momentum)
-                directions.append(direction)
-                new_states |= moved
-            scale = rates.lr * (0.2 * math.sqrt(max(specs[0].shape)))
-            for spec, step in zip(specs, orthogonalize(mx.stack(directions)), strict=True):
-                weight = weights[spec.name]
-                new_weights[spec.name] = _decayed(spec, weight, rates) - scale * step
+    def _update(
+        self,
+        kind: Kind,
+        weights: Sequence[mx.array],
+        states: Sequence[Sequence[mx.array]],
+        gradients: Sequence[mx.array],
+        step: Step,
+    ) -> tuple[list[mx.array], list[list[mx.array]]]:  # sizes: what one traced function takes
+        lr, decay, updates, factor, skipped = step
+        gradients = [gradient * factor for gradient in gradients]
+        decoded = [_decode(kind, held) for held in states]
+        directions, moved = (self._muon if kind.is_muon else self._adamw)(
+            decoded, gradients, updates
+        )
+        new_weights = []
+        for weight, direction in zip(weights, directions, strict=True):
+            kept = weight * decay if kind.decays else weight
+            new_weights.append(mx.where(skipped, weight, kept - lr * direction))
+        new_states = [
+            [
+                mx.where(skipped, old, new)
+                for old, new in zip(held, _encode(kind, values), strict=True)
+            ]
+            for held, values in zip(states, moved, strict=True)
+        ]
         return new_weights, new_states
 
-    def _adamw_step(
-        self, spec: ParameterSpec, states: Arrays, gradient: mx.array, updates: mx.array
-    ) -> tuple[mx.array, Arrays]:
-        """The direction to go, and the new states."""
+    def _adamw(
+        self, states: list[list[mx.array]], gradients: list[mx.array], updates: mx.array
+    ) -> tuple[list[mx.array], list[list[mx.array]]]:
+        """The directions to go, and the new states."""
         table = self.table
-        first = self._load("exp_avg", spec, states)
-        second = self._load("exp_avg_sq", spec, states)
-        first = table.beta1 * first + (1 - table.beta1) * gradient
-        second = table.beta2 * second + (1 - table.beta2) * mx.square(gradient)
-        moved = self._store("exp_avg", spec, first) | self._store("exp_avg_sq", spec, second)
-        root = mx.sqrt(second) / mx.sqrt(_correction(table.beta2, updates))
-        return first / _correction(table.beta1, updates) / (root + table.eps), moved
+        correction1, correction2 = (
+            _correction(table.beta1, updates),
+            _correction(table.beta2, updates),
+        )
+        directions, moved = [], []
+        for (first, second), gradient in zip(states, gradients, strict=True):
+            first = table.beta1 * first + (1 - table.beta1) * gradient
+            second = table.beta2 * second + (1 - table.beta2) * mx.square(gradient)
+            root = mx.sqrt(second) / mx.sqrt(correction2)
+            directions.append(first / correction1 / (root + table.eps))
+            moved.append([first, second])
+        return directions, moved
+
+    def _muon(
+        self, states: list[list[mx.array]], gradients: list[mx.array], updates: mx.array
+    ) -> tuple[list[mx.array], list[list[mx.array]]]:
+        """The directions to go, and the new states."""
+        momentum, nesterov, moved = self._momentum(updates), [], []
+        for (buffer,), gradient in zip(states, gradients, strict=True):
+            buffer = buffer + (1 - momentum) * (gradient - buffer)
+            nesterov.append(gradient + momentum * (buffer - gradient))
+            moved.append([buffer])
+        scale = 0.2 * math.sqrt(max(gradients[0].shape))
+        return [scale * matrix for matrix in orthogonalize(mx.stack(nesterov))], moved
 
     def _momentum(self, updates: mx.array) -> mx.array:
         table = self.table
@@ -133,28 +214,6 @@ class Optimizer:
         done = updates.astype(mx.float32) / table.momentum_warmup_steps
         warming = table.momentum_start + (table.momentum - table.momentum_start) * done
         return mx.where(updates >= table.momentum_warmup_steps, table.momentum, warming)
-
-    def _accumulate(
-        self, spec: ParameterSpec, states: Arrays, gradient: mx.array, momentum: mx.array
-    ) -> tuple[mx.array, Arrays]:
-        """Nesterov's mean of the gradient and the new momentum; and the new state."""
-        stored = self._load("momentum_buffer", spec, states)
-        buffer = stored + (1 - momentum) * (gradient - stored)
-        nesterov = gradient + momentum * (buffer - gradient)
-        return nesterov, self._store("momentum_buffer", spec, buffer)
-
-    def _load(self, state: State, spec: ParameterSpec, states: Arrays) -> mx.array:
-        name = f"{state}.{spec.name}"
-        if spec.name not in self._coded:
-            return states[name]
-        return dequantize(states[name], states[f"{name}.absmax"], state)
-
-    def _store(self, state: State, spec: ParameterSpec, values: mx.array) -> Arrays:
-        name = f"{state}.{spec.name}"
-        if spec.name not in self._coded:
-            return {name: values}
-        codes, absmax = quantize(values, state)
-        return {name: codes, f"{name}.absmax": absmax}
 
 
 def orthogonalize(matrices: mx.array) -> mx.array:
@@ -173,13 +232,44 @@ def orthogonalize(matrices: mx.array) -> mx.array:
     return x
 
 
-def _batches(specs: list[ParameterSpec]) -> list[list[ParameterSpec]]:
-    size = max(1, MUON_BATCH_ELEMENTS // math.prod(specs[0].shape))
-    return [specs[start : start + size] for start in range(0, len(specs), size)]
+def _kind(spec: ParameterSpec, table: OptimizerTable) -> Kind:
+    return Kind(
+        is_muon=table.name == "muon" and spec.group == "matrix",
+        is_coded=table.state_bits == 8 and is_quantized(spec.shape, spec.group),
+        decays=spec.decay and table.weight_decay > 0,
+    )
 
 
-def _decayed(spec: ParameterSpec, weight: mx.array, rates: Rates) -> mx.array:
-    return weight * rates.decay if spec.decay else weight
+def _state_specs(
+    kind: Kind, spec: ParameterSpec
+) -> Iterator[tuple[str, tuple[mx.Dtype, tuple[int, ...]]]]:
+    for name in kind.state_names(spec.name):
+        if name.endswith(".absmax"):
+            yield name, (mx.float32, (num_blocks(spec.shape),))
+        else:
+            yield name, (mx.uint8 if kind.is_coded else mx.float32, spec.shape)
+
+
+def _cut(kind: Kind, names: list[str], shape: tuple[int, ...]) -> Iterator[Group]:
+    size = max(1, GROUP_ELEMENTS // math.prod(shape))
+    for start in range(0, len(names), size):
+        yield Group(kind, names[start : start + size], shape)
+
+
+def _decode(kind: Kind, held: Sequence[mx.array]) -> list[mx.array]:
+    """The states of one parameter as fp32."""
+    if not kind.is_coded:
+        return list(held)
+    pairs = zip(held[::2], held[1::2], kind.states, strict=True)
+    return [dequantize(codes, absmax, state) for codes, absmax, state in pairs]
+
+
+def _encode(kind: Kind, values: list[mx.array]) -> list[mx.array]:
+    """The other way."""
+    if not kind.is_coded:
+        return values
+    coded = [quantize(value, state) for value, state in zip(values, kind.states, strict=True)]
+    return [part for pair in coded for part in pair]
 
 
 def _correction(beta: float, updates: mx.array) -> mx.array:

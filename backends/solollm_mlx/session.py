@@ -1,10 +1,10 @@
-"""Training on MLX: two compiled functions of fixed shapes around fp32 masters.
+"""Training on MLX: compiled functions of fixed shapes around fp32 masters.
 
-`_micro_gradients` takes the gradients of one micro-batch, `_apply` clips, skips or applies. Each
-micro-batch is evaluated before the next is begun, so a step holds one micro-batch's activations
-however many there are (one graph over all of them would hold all). Weights and states are plain
-dicts in table order: an order that comes from a file would change the order of the norm's sum, and
-with it the bits of a resumed run.
+`_micro_gradients` takes the gradients of one micro-batch, `_judge` their norm and whether the step
+counts, the optimizer applies it. Each micro-batch is evaluated before the next is begun, so a step
+holds one micro-batch's activations however many there are (one graph over all of them would hold
+all). Weights and states are plain dicts in table order: an order that comes from a file would
+change the order of the norm's sum, and with it the bits of a resumed run.
 
 The optimizer is `optim`, the decoder `model`, the loss `loss`, the bits on the host `state`.
 
@@ -39,7 +39,7 @@ from solollm.errors import BackendError, ConfigError, nearest
 from solollm_mlx import loss
 from solollm_mlx.compiling import should_compile
 from solollm_mlx.model import Weights, head_weight, hidden_states
-from solollm_mlx.optim import Arrays, Optimizer, Rates
+from solollm_mlx.optim import GROUP_ELEMENTS, Arrays, Optimizer, Step
 from solollm_mlx.state import MlxSnapshot, read_states, read_weights
 
 DTYPES = {"float32": mx.float32, "bfloat16": mx.bfloat16, "float16": mx.float16}
@@ -56,14 +56,6 @@ class MicroBatch(NamedTuple):
     labels: mx.array
     token_weights: mx.array
     segments: mx.array | None
-
-
-class State(NamedTuple):
-    """All that an update changes."""
-
-    weights: Weights
-    optimizer: Arrays
-    counters: Arrays
 
 
 class _Pending(PendingMetrics):
@@ -96,16 +88,19 @@ class MlxSession(TrainSession):
         self.rank, self.world_size = group.rank(), group.size()
         self._dtype = DTYPES[plan.compute_dtype]
         self._table = options.optimizer
-        self._optimizer = Optimizer(model, options.optimizer)
-        weights = {n: mx.array(a) for n, a in initial_parameters(model, options.seed)}
-        self._state = State(weights, self._optimizer.initial_states(), self._initial_counters())
         self._compiled = should_compile(options.backend_options.get("compile", "auto"))
+        self._optimizer = Optimizer(model, options.optimizer, compiled=self._compiled)
+        self._weights: Weights = {
+            name: mx.array(array) for name, array in initial_parameters(model, options.seed)
+        }
+        self._states = self._optimizer.initial_states()
+        self._counters = self._initial_counters()
         wrap: Any = mx.compile if self._compiled else lambda function: function
         self._micro = wrap(self._micro_gradients)
         self._add = wrap(_add)
-        self._update = wrap(self._apply)
+        self._verdict = wrap(self._judge)
         self._evaluate = wrap(self._token_logprobs)
-        mx.eval(self._state)
+        mx.eval(self._weights, self._states)
 
     @property
     def settings(self) -> Mapping[str, bool | int | float | str]:
@@ -113,31 +108,35 @@ class MlxSession(TrainSession):
 
     def train_step(self, batch: Batch, *, lr: float) -> PendingMetrics:
         total, gradients = self._gradients(batch)
-        rates = Rates.of(lr, self._table)
-        state, numbers = self._update(self._state, gradients, total, rates)
-        self._state = State(*state)
-        del gradients  # the graph is now their only holder and may reuse their memory
+        squares = summed_squares(gradients)
+        numbers, factor, counters = self._verdict(total, squares, self._counters)
+        step = Step.of(
+            lr, self._table, updates=self._counters["updates"],
+            factor=factor, skipped=numbers[2] > 0,
+        )  # fmt: skip
+        self._optimizer.step(self._weights, self._states, gradients, step)
+        self._counters = counters
         # A handle must hold no graph: what it waits for is on its way when the step returns.
-        mx.async_eval(self._state, numbers)
+        mx.async_eval(self._weights, self._states, self._counters, numbers)
         return _Pending(numbers, batch.num_targets)
 
     def probe_step(self, batch: Batch) -> StepMetrics:
         total, gradients = self._gradients(batch)
-        norm = global_norm(self._unscaled(gradients, self._state.counters))
-        return _Pending(_numbers(total, norm), batch.num_targets).result()
+        numbers, _, _ = self._verdict(total, summed_squares(gradients), self._counters)
+        return _Pending(numbers, batch.num_targets).result()
 
     def gradients(self, batch: Batch) -> Arrays:
         """The batch's gradients by canonical name, unclipped: for parity tests."""
-        return self._unscaled(self._gradients(batch)[1], self._state.counters)
+        scale = self._counters.get("loss_scale", mx.array(1.0))
+        return {name: array / scale for name, array in self._gradients(batch)[1].items()}
 
     def _gradients(self, batch: Batch) -> tuple[mx.array, Arrays]:
         """(loss, gradients times the loss scale) of the whole batch, over all ranks."""
-        weights, counters = self._state.weights, self._state.counters
         total: mx.array = mx.zeros((), mx.float32)
         gradients: Arrays = {}
         for micro in self._micro_batches(batch, *self._own_rows(batch)):
             mx.eval(total, gradients)  # of the micro-batches before
-            value, new = self._micro(weights, counters, micro)
+            value, new = self._micro(self._weights, self._counters, micro)
             total = total + value
             gradients = self._add(gradients, new) if gradients else new
         if self.world_size > 1:
@@ -173,33 +172,20 @@ class MlxSession(TrainSession):
         total, gradients = gradient_function(weights)
         return total / scale, gradients
 
-    def _apply(
-        self, state: State, gradients: Arrays, total: mx.array, rates: Rates
-    ) -> tuple[State, mx.array]:
-        """The next state, and the step's numbers (see `_Pending`)."""
-        weights, optimizer, counters = state
-        gradients = self._unscaled(gradients, counters)
-        norm = global_norm(gradients)
-        numbers = _numbers(total, norm)
+    def _judge(
+        self, total: mx.array, squares: mx.array, counters: Arrays
+    ) -> tuple[mx.array, mx.array, Arrays]:
+        """(the step's numbers, see `_Pending`; what the gradients are to be multiplied by; the
+        counters after the step)."""
+        scale = counters.get("loss_scale", mx.array(1.0))
+        norm = mx.sqrt(squares) / scale
+        skipped = mx.logical_not(mx.isfinite(norm) & mx.isfinite(total))
+        numbers = mx.stack([total, norm, skipped.astype(mx.float32)])
+        factor = mx.array(1.0)
         if self._table.clip_norm > 0:
             reference = counters["lagged_norm"] if self._table.clip == "lagged" else norm
             factor = mx.minimum(self._table.clip_norm / (reference + 1e-6), 1.0)
-            gradients = {name: gradient * factor for name, gradient in gradients.items()}
-        moved = self._optimizer.update(
-            weights, optimizer, gradients, rates=Rates(*rates), updates=counters["updates"]
-        )
-        skipped = numbers[2] > 0
-        kept = [
-            {name: mx.where(skipped, array, new[name]) for name, array in old.items()}
-            for old, new in zip((weights, optimizer), moved, strict=True)
-        ]
-        return State(kept[0], kept[1], _count(counters, skipped, norm)), numbers
-
-    def _unscaled(self, gradients: Arrays, counters: Arrays) -> Arrays:
-        """The gradients without the loss scale, in table order."""
-        if "loss_scale" not in counters:
-            return gradients
-        return {name: g / counters["loss_scale"] for name, g in gradients.items()}
+        return numbers, factor / scale, _count(counters, skipped, norm)
 
     def _token_logprobs(self, weights: Weights, micro: MicroBatch) -> mx.array:
         """float32 [M, T]: log p(label), 0 where there is no target."""
@@ -216,7 +202,7 @@ class MlxSession(TrainSession):
     def token_logprobs(self, batch: Batch, *, adapter: bool = True) -> np.ndarray:
         rows = len(batch.input_ids)
         parts = [
-            np.array(self._evaluate(self._state.weights, micro))
+            np.array(self._evaluate(self._weights, micro))
             for micro in self._micro_batches(batch, 0, rows)
         ]
         return np.concatenate(parts)[:rows]
@@ -254,27 +240,26 @@ class MlxSession(TrainSession):
 
         if options.compute_dtype == "auto":
             options = replace(options, compute_dtype=self._plan.compute_dtype)
-        return MlxEngine(self._state.weights, self._model, options)
+        return MlxEngine(self._weights, self._model, options)
 
     def snapshot(self) -> Snapshot:
-        mx.eval(self._state)
-        return MlxSnapshot(self._state.weights, self._state.optimizer, self.session_state)
+        mx.eval(self._weights, self._states)
+        return MlxSnapshot(self._weights, self._states, self.session_state)
 
     def import_parameters(self, source: TensorSource) -> None:
-        expected = {n: (mx.float32, tuple(a.shape)) for n, a in self._state.weights.items()}
-        self._state = self._state._replace(weights=read_weights(source, expected))
+        expected = {n: (mx.float32, tuple(a.shape)) for n, a in self._weights.items()}
+        self._weights = read_weights(source, expected)
 
     def import_optimizer(self, source: TensorSource, state: Mapping[str, int | float]) -> None:
-        states = read_states(source, self._optimizer.specs())
-        counters = {
+        self._states = read_states(source, self._optimizer.specs())
+        self._counters = {
             name: mx.array(state.get(name, initial.item()), initial.dtype)
             for name, initial in self._initial_counters().items()
         }
-        self._state = self._state._replace(optimizer=states, counters=counters)
 
     @property
     def session_state(self) -> Mapping[str, int | float]:
-        return {name: np.array(array).item() for name, array in self._state.counters.items()}
+        return {name: np.array(array).item() for name, array in self._counters.items()}
 
     def _initial_counters(self) -> Arrays:
         counters = {"updates": mx.array(0, mx.int32), "lagged_norm": mx.array(0.0, mx.float32)}
@@ -287,22 +272,25 @@ class MlxSession(TrainSession):
         return MemoryStats(mx.get_active_memory(), mx.get_peak_memory())
 
     def close(self) -> None:
-        self._state = State({}, {}, {})
+        self._weights, self._states = {}, {}
         mx.clear_cache()
 
 
-def global_norm(arrays: Arrays) -> mx.array:
-    """The norm of all arrays as one vector, float32 scalar."""
-    return mx.sqrt(mx.stack([mx.sum(mx.square(array)) for array in arrays.values()]).sum())
+def summed_squares(arrays: Arrays) -> mx.array:
+    """The square of the norm of all arrays as one vector, float32 scalar. In groups: the squares
+    are arrays of their own until they are summed."""
+    sums, elements = [], 0
+    for array in arrays.values():
+        if elements >= GROUP_ELEMENTS:
+            mx.eval(sums)
+            elements = 0
+        sums.append(mx.sum(mx.square(array)))
+        elements += array.size
+    return mx.stack(sums).sum()
 
 
 def _add(total: Arrays, new: Arrays) -> Arrays:
     return {name: array + new[name] for name, array in total.items()}
-
-
-def _numbers(total: mx.array, norm: mx.array) -> mx.array:
-    finite = mx.isfinite(norm) & mx.isfinite(total)
-    return mx.stack([total, norm, mx.logical_not(finite).astype(mx.float32)])
 
 
 def _count(counters: Arrays, skipped: mx.array, norm: mx.array) -> Arrays:

@@ -13,7 +13,7 @@ import mlx.core as mx
 import torch
 from solollm_mlx import model as mlx_model
 from solollm_mlx.optim import Optimizer as MlxOptimizer
-from solollm_mlx.optim import Rates
+from solollm_mlx.optim import Step
 from solollm_mlx.session import MlxSession
 from solollm_mlx.state import from_host
 from solollm_torch.attention import Segments
@@ -96,14 +96,12 @@ def test_sixty_recorded_gradients_give_torchs_weights(
     theirs = {n: torch.from_numpy(array.copy()) for n, array in initial.items()}
     reference = TorchOptimizer(theirs, model=tiny_config, table=table)
     weights = {n: mx.array(array) for n, array in initial.items()}
-    optimizer = MlxOptimizer(tiny_config, table)
+    optimizer = MlxOptimizer(tiny_config, table, compiled=False)
     states = optimizer.initial_states()
     for step, gradients in enumerate(recorded_gradients(tiny_config, make_batch)):
         lr = lr_at(step, total_steps=STEPS, peak_lr=3e-3, table=ScheduleTable(name="cosine"))
-        weights, states = optimizer.update(
-            weights, states, {n: mx.array(g) for n, g in gradients.items()},
-            rates=Rates.of(lr, table), updates=mx.array(step),
-        )  # fmt: skip
+        of_mlx = {n: mx.array(g) for n, g in gradients.items()}
+        optimizer.step(weights, states, of_mlx, Step.of(lr, table, updates=mx.array(step)))
         mx.eval(weights, states)
         of_torch = {n: torch.from_numpy(g.copy()) for n, g in gradients.items()}
         reference.step(of_torch, lr=lr, updates=step)
