@@ -250,7 +250,6 @@ SPOILT: dict[str, tuple[dict[str, Any], str]] = {
     "other shapes": ({"intermediate_size": 65}, "mlp.gate_proj"),
     "more layers": ({"num_hidden_layers": 3}, "layers.2"),
     "fewer layers": ({"num_hidden_layers": 1}, "layers.1"),
-    "fewer rows than tokens": ({"vocab_size": 319}, "has shape|rows for"),
 }  # fmt: skip
 
 
@@ -316,13 +315,16 @@ Q_PROJ = "model.layers.0.self_attn.q_proj."
 
 
 @pytest.mark.parametrize(
-    ("part", "value", "problem"),
+    ("parts", "value", "problem"),
     [
         ("weight", np.zeros((64, 17), np.uint32), "no affine codes"),
         ("weight", np.zeros((64, 28), np.uint32), "no affine codes"),  # 7 bits
         ("weight", np.zeros((64, 16), np.int32), "no affine codes"),
-        ("scales", np.zeros((64, 3), np.float32), "no affine codes"),
-        ("scales", np.zeros((64, 128), np.float32), "no affine codes"),
+        ("scales", np.zeros((64, 4), np.float32), "no affine codes"),  # groups of 32, biases of 64
+        ("scales biases", np.zeros((64, 3), np.float32), "no affine codes"),
+        ("scales biases", np.zeros((64, 128), np.float32), "no affine codes"),
+        ("scales biases", np.zeros((64, 0), np.float32), "no affine codes"),
+        ("scales biases", np.zeros(2, np.float32), "no affine codes"),
         ("biases", np.zeros((64, 1), np.float32), "no affine codes"),
         ("biases", None, "is missing"),
         ("scales", np.full((64, 2), np.inf, np.float32), "holds NaN or infinity"),
@@ -330,16 +332,17 @@ Q_PROJ = "model.layers.0.self_attn.q_proj."
     ],
 )
 def test_codes_that_do_not_fit_are_refused(
-    part: str, value: Any, problem: str, plain: Path, tmp_path: Path
+    parts: str, value: Any, problem: str, plain: Path, tmp_path: Path
 ) -> None:
     """Shapes come from the file: a wrong one must not become a wrong group size."""
     export_model(plain, tmp_path / "q", target="mlx", bits=4)
 
     def spoil(tensors: dict[str, Any]) -> None:
         tensors[Q_PROJ + "weight"][:] = 0xFFFFFFFF
-        tensors.pop(Q_PROJ + part)
-        if value is not None:
-            tensors[Q_PROJ + part] = value
+        for part in parts.split():
+            tensors.pop(Q_PROJ + part)
+            if value is not None:
+                tensors[Q_PROJ + part] = value
 
     rewrite(tmp_path / "q", spoil)
     with (
@@ -479,6 +482,19 @@ def test_a_hostile_tokenizer_is_refused(foreign: Path, tmp_path: Path) -> None:
         import_model(foreign, tmp_path / "ours")
 
 
+def test_a_tokenizer_with_more_tokens_than_rows_is_refused(foreign: Path, tmp_path: Path) -> None:
+    """Some texts would index past the embedding, on a GPU into anything."""
+
+    def cut(tensors: dict[str, Any]) -> None:
+        for name in ("model.embed_tokens.weight", "lm_head.weight"):
+            tensors[name] = tensors[name][:250].copy()
+
+    rewrite(foreign, cut)
+    edit(foreign / "config.json", vocab_size=250)
+    with pytest.raises(ConfigError, match=r"has \d+ ids, its model rows for 250"):
+        import_model(foreign, tmp_path / "ours")
+
+
 def test_what_older_folders_keep_elsewhere_is_brought_together(
     foreign: Path, tmp_path: Path
 ) -> None:
@@ -505,14 +521,14 @@ def test_what_older_folders_keep_elsewhere_is_brought_together(
 def test_several_ends_of_generation_are_kept(foreign: Path, tmp_path: Path) -> None:
     """Chat models end at the end of a turn as well; without it they talk on for both sides."""
     edit(foreign / "generation_config.json", eos_token_id=[1, 6, 9999], temperature=0.6, evil={})
-    edit(foreign / "config.json", eos_token_id=[1, 6], bos_token_id=99_999)
+    edit(foreign / "config.json", eos_token_id=[1, 6], bos_token_id=99_999, pad_token_id=5)
     import_model(foreign, tmp_path / "ours")
     generation = json.loads((tmp_path / "ours" / "generation_config.json").read_text())
     assert generation["eos_token_id"] == [1, 6]
     assert generation["temperature"] == 0.6
     assert "evil" not in generation
     config = json.loads((tmp_path / "ours" / "config.json").read_text())
-    assert (config["bos_token_id"], config["eos_token_id"]) == (0, 1)
+    assert (config["bos_token_id"], config["eos_token_id"], config["pad_token_id"]) == (0, 1, 5)
 
 
 # --- the command ---------------------------------------------------------------------------------
