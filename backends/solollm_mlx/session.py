@@ -279,7 +279,8 @@ class MlxSession(TrainSession):
 def summed_squares(arrays: Arrays) -> mx.array:
     """The square of the norm of all arrays as one vector, float32 scalar. In groups: the squares
     are arrays of their own until they are summed."""
-    sums, elements = [], 0
+    sums: list[mx.array] = []
+    elements = 0
     for array in arrays.values():
         if elements >= GROUP_ELEMENTS:
             mx.eval(sums)
