@@ -42,9 +42,9 @@ from solollm.tokenizer import Tokenizer
 VOCAB_SIZE = 2048
 TRAINING_SECONDS = 140.0
 _LEARNING_RATE = 6e-3  # peak at a width of 128; narrower models take more, wider ones less
-_ROWS, _SEQ_LEN = 8, 256
+_ROWS, _SEQ_LEN = 4, 256
 _DEPTHS = (2, 3, 4, 6, 8, 12)
-_TOKENS_PER_PARAMETER = 2  # at such budgets steps decide, not size: see docs/results/recipe.md
+_TOKENS_PER_PARAMETER = 4  # at such budgets tokens decide, not size: docs/results/recipe.md
 _SAVES = 12
 _POLL_SECONDS = 0.2
 PROMPTS = ("def read", "import ", 'class Queue:\n    """', "# Return the")

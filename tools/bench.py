@@ -29,7 +29,19 @@ RESULTS = ROOT / "docs" / "results"
 PEERS = ("litgpt==0.5.13", "lightning==2.6.*", "lightning-utilities", "torchmetrics")
 PARTS: dict[str, list[str]] = {
     "train": ["-m", "solollm", "bench", "train", "--rounds", "5", "--json"],
-    "recipe": ["tools/bench_recipe.py", "--seconds", "90", "--seconds", "180"],
+    "recipe": [
+        "tools/bench_recipe.py",
+        "--seconds",
+        "90",
+        "--seconds",
+        "180",
+        "--depth",
+        "3",
+        "--rows",
+        "4",
+        "--lr",
+        "0.007",
+    ],
     "tokenizer": ["tools/bench_tokenizer.py", "--json"],
     "decode": ["tools/bench_decode.py"],
 }
