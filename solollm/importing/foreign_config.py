@@ -67,26 +67,23 @@ def foreign_generation(folder: ForeignFolder, ids: Mapping[str, int], limit: int
     sampling = {
         key: given[key] for key in _SAMPLING if isinstance(given.get(key), bool | int | float)
     }
-    if len(usable) == 1:
-        return {**ids, "eos_token_id": usable[0], **sampling}
-    return {**ids, **({"eos_token_id": usable} if usable else {}), **sampling}
+    own = {"eos_token_id": usable if len(usable) > 1 else usable[0]} if usable else {}
+    return {**ids, **own, **sampling}
 
 
 def _refuse_quantization(raw: Mapping[str, Any]) -> None:
     """MLX's affine codes are read; everything else that packs weights is not."""
-    for key in ("quantization", "quantization_config"):
-        settings = raw.get(key)
+    for settings in (raw.get("quantization"), raw.get("quantization_config")):
         if settings is None:
             continue
-        tables = [settings] if isinstance(settings, dict) else []
-        tables += (
-            [table for table in tables[0].values() if isinstance(table, dict)] if tables else []
-        )
-        named = {str(table.get("mode", "affine")) for table in tables} - {"affine"}
-        method = tables[0].get("quant_method") if tables else str(settings)
-        if method is not None or named:
+        table = settings if isinstance(settings, dict) else {"quant_method": settings}
+        layers = [entry for entry in table.values() if isinstance(entry, dict)]
+        methods = {str(entry.get("mode", "affine")) for entry in (table, *layers)} - {"affine"}
+        if table.get("quant_method") is not None:
+            methods = {str(table["quant_method"])}
+        if methods:
             raise ConfigError(
-                f"the weights are quantised by {method or min(named)!r:.40}",
+                f"the weights are quantised by {min(methods)!r:.40}",
                 why="mlx-lm's affine codes are the only ones that are read here",
                 fix="import the model that they were made from",
             )
