@@ -63,21 +63,9 @@ class MlxBackend(Backend):
     def memory_costs(
         self, model: ModelConfig, options: SessionOptions, compute_dtype: ComputeDType
     ) -> MemoryCosts:
-        item = 4 if compute_dtype == "float32" else 2
-        states = 2.0 if options.optimizer.state_bits == 32 else 0.5
-        if options.optimizer.name == "muon":
-            states /= 2
-        hidden, inter = model.hidden_size, model.intermediate_size
-        heads = model.num_attention_heads * model.head_dim
-        kept = 8 * hidden + 4 * heads + 4 * inter
-        per_layer = item * kept
-        return MemoryCosts(
-            fixed_bytes=64 * 2**20,
-            per_parameter_bytes=4 * (1 + states) + 8,
-            per_token_bytes=per_layer * model.num_hidden_layers + 4 * hidden * item,
-            per_token_checkpointed_bytes=item * hidden * model.num_hidden_layers + 2 * per_layer,
-            loss_chunk_bytes=3 * 32 * 2**20,
-        )
+        from solollm_mlx.memory import memory_costs
+
+        return memory_costs(model, options, compute_dtype)
 
     def train_session(self, model: ModelConfig, options: SessionOptions, plan: Plan) -> MlxSession:
         import mlx.core as mx

@@ -1,0 +1,91 @@
+"""The planner's coefficients against the peaks of real sessions on a CPU."""
+
+from __future__ import annotations
+
+import gc
+import subprocess
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+pytest.importorskip("mlx.core", reason="these tests need mlx")
+import mlx.core as mx
+from solollm_mlx.memory import PROCESS_BYTES, memory_costs
+from solollm_mlx.session import MlxSession
+
+from solollm.architecture import ModelConfig
+from solollm.backend import Batch, SessionOptions
+from solollm.config import OptimizerTable
+
+BASE = {
+    "vocab_size": 192, "hidden_size": 64, "intermediate_size": 192, "num_hidden_layers": 4,
+    "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16,
+    "max_position_embeddings": 128,
+}  # fmt: skip
+CASES: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "recomputed": {"activation_checkpointing": True},
+    "wide": {"intermediate_size": 384, "num_key_value_heads": 4},
+    "many-heads": {"num_attention_heads": 8, "head_dim": 8},
+    "long": {"max_position_embeddings": 512},
+}
+
+
+@pytest.mark.parametrize("case", CASES.values(), ids=list(CASES))
+def test_planned_activations_are_within_20_percent(
+    case: dict[str, Any], make_batch: Callable[..., Batch], make_session: Callable[..., MlxSession]
+) -> None:
+    """A plan that is too low ends in an out-of-memory kill at night; one too high wastes a Mac."""
+    fields = BASE | {key: value for key, value in case.items() if key in ModelConfig.model_fields}
+    model = ModelConfig.model_validate(fields)
+    checkpointing = case.get("activation_checkpointing", False)
+    length = model.max_position_embeddings
+    rows = 512 // length
+    session = make_session(model, micro_batch_size=rows, activation_checkpointing=checkpointing)
+    batch = make_batch(rows, length, packed=True)
+    session.probe_step(batch)
+    mx.clear_cache()
+    held = mx.get_active_memory()
+    mx.reset_peak_memory()
+    session.probe_step(batch)
+    measured = mx.get_peak_memory() - held - 4 * model.num_parameters()  # without the gradients
+    costs = memory_costs(model, SessionOptions(OptimizerTable(name="adamw")), "float32")
+    per_token = costs.per_token_checkpointed_bytes if checkpointing else costs.per_token_bytes
+    logits = 3 * 4 * model.vocab_size  # the loss is cut into no chunks at this size
+    planned = (per_token + logits) * 512
+    assert 0.8 < planned / measured < 1.2, f"planned {planned:.0f}, measured {measured}"
+
+
+@pytest.mark.parametrize(
+    ("name", "bits"), [("adamw", 32), ("muon", 32), ("adamw", 8)], ids=["adamw", "muon", "8-bit"]
+)
+def test_planned_state_is_what_a_session_holds(
+    make_session: Callable[..., MlxSession], name: str, bits: int
+) -> None:
+    """Guards the bytes per parameter, which decide whether a model fits at all."""
+    model = ModelConfig.model_validate(BASE | {"num_key_value_heads": 4})
+    gc.collect()
+    held = mx.get_active_memory()
+    session = make_session(model, lively=False, name=name, state_bits=bits)
+    taken = mx.get_active_memory() - held
+    costs = memory_costs(
+        model, SessionOptions(OptimizerTable(name=name, state_bits=bits)), "float32"
+    )
+    planned = (costs.per_parameter_bytes - 7) * model.num_parameters()  # without the gradients
+    assert taken == pytest.approx(planned, rel=0.05)
+    session.close()
+
+
+def test_process_without_a_model_is_the_fixed_part() -> None:
+    """On a CPU the interpreter and the libraries come first (mlx-lm's too: training writes
+    samples); measured in a fresh process."""
+    pytest.importorskip("mlx_lm", reason="this test needs mlx-lm")
+    code = (
+        "import psutil, mlx_lm.generate, solollm_mlx.session\n"
+        "print(psutil.Process().memory_info().rss)"
+    )
+    command = [sys.executable, "-c", code]
+    resident = int(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+    assert 0.3 * PROCESS_BYTES < resident < 1.15 * PROCESS_BYTES
