@@ -19,17 +19,21 @@ def test_a_run_killed_five_times_equals_an_undisturbed_one(
 ) -> None:
     """Guards against anything that a crash may cost beyond the steps since the last save."""
     config = tiny_config(small_corpus, small_tokenizer.padded_vocab_size, steps=48)
-    seen: list[Life] = []
-    proof = prove_resume(
-        config, tmp_path, kills=5, seed=3, start_method="forkserver", on_life=seen.append
-    )
-    assert proof.is_equal, proof
-    assert proof.straight_digest == proof.killed_digest
-    assert proof.losses_equal
-    assert (proof.steps, len(proof.lives)) == (48, 5)
-    assert proof.kills_in_save >= 1, "no kill has landed in a save: the test has proved too little"
-    assert list(proof.lives) == seen
-    assert max(life.start_step for life in seen) > 0, "no life has gone on from a checkpoint"
+    for seed in (3, 4, 5):  # where the kills land is chance: now and then none proves enough
+        seen: list[Life] = []
+        folder = tmp_path / str(seed)
+        folder.mkdir()
+        proof = prove_resume(
+            config, folder, kills=5, seed=seed, start_method="forkserver", on_life=seen.append
+        )
+        assert proof.is_equal, proof
+        assert proof.straight_digest == proof.killed_digest
+        assert proof.losses_equal
+        assert (proof.steps, len(proof.lives)) == (48, 5)
+        assert list(proof.lives) == seen
+        if proof.kills_in_save >= 1 and max(life.start_step for life in seen) > 0:
+            return
+    pytest.fail("no kill has landed in a save, or no life has gone on from a checkpoint")
 
 
 def test_a_training_that_fails_is_no_proof(
