@@ -30,7 +30,7 @@ COMMANDS = {
     "import": "Make a model of others ready to train on.",
     "export": "Write a model as a folder for transformers, vLLM or mlx-lm.",
     "runs": "List, show, verify and move runs.",
-    "verify": "Prove that killed runs resume to the same bits.",
+    "verify": "Prove that killed runs resume, and that runs move.",
     "bench": "Measure training speed against other stacks.",
 }
 

@@ -30,8 +30,8 @@ LAYERS = (
     "evaluation report held_out continuation completion dialogue",
     "trainer",
     "pretraining environments horizon starting_weights run_streams",
-    "export importing cargo packing far_side pushing testing resume_proof quickstart doctor"
-    " benchmark",
+    "export importing cargo packing far_side pushing testing resume_proof migration_proof"
+    " quickstart doctor benchmark",
     "commands",
     "cli",
     "__main__",
