@@ -17,6 +17,7 @@ from solollm.continuation import BANDS, compare, tolerance_between
 from solollm.data.stream import batch_digest
 from solollm.errors import IntegrityError, StoppedBySignal
 from solollm.horizon import updated
+from solollm.packing import pack, unpack
 from solollm.pretraining import pretrain, resume
 from solollm.registry import Selected
 from solollm.resume_proof import tiny_config
@@ -191,3 +192,50 @@ def contents(run: Path) -> dict[str, bytes]:
         for path in run.rglob("*")
         if path.is_file()
     }
+
+
+def test_another_processor_is_another_machine(config: RunConfig, tmp_path: Path) -> None:
+    """Guards the move between two machines of one backend: the band instead of bits, settings
+    planned anew, and said."""
+    run = tmp_path / "run"
+    stopped(updated(config, "train", micro_batch_size=2), run)
+    lineage = json.loads((run / "lineage.json").read_text())
+    lineage[0]["environment"]["cpu"] = "another processor"
+    (run / "lineage.json").write_text(json.dumps(lineage))
+    watcher = StopAt(None)
+    result = resume(run, sinks=[watcher])
+    (proven,) = watcher.of_kind("continuation_proven")
+    assert proven["tolerance"] == 2e-4
+    (changed,) = watcher.of_kind("environment_changed")
+    assert "cpu was another processor, is " in changed["changes"]
+    assert "micro_batch_size was 2, is 6" in changed["changes"]
+    assert open_checkpoint(result.checkpoint).state.environment.micro_batch_size == 6
+
+
+class FastToy(ToyBackend):
+    """Computes in other pieces, under another name."""
+
+    name = "fast"
+
+
+def test_a_promise_made_elsewhere_is_held_to_the_band(
+    config: RunConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Guards a run that was killed, packed with another backend, and goes on with its own: the
+    promise is not of its own bits, and must not be refused for that."""
+    run = tmp_path / "run"
+    pretrain(updated(config, "train", micro_batch_size=1), run)
+    with monkeypatch.context() as patch:
+        patch.setattr(
+            "solollm.pretraining.select_backend", lambda name: Selected(FastToy(), "a test")
+        )
+        pack(run, tmp_path / "run.solo", step=8)
+    moved = unpack(tmp_path / "run.solo", tmp_path / "there").run
+    promised = open_checkpoint(moved / "checkpoints" / "step-00000008").certificate.continuation
+    assert promised is not None
+    assert promised.environment is not None
+    assert promised.environment["backend"] == "fast"
+    watcher = StopAt(None)
+    resume(moved, sinks=[watcher])
+    assert watcher.of_kind("continuation_proven")[0]["tolerance"] == 2e-4
+    assert watcher.of_kind("environment_changed") == []
