@@ -19,7 +19,7 @@ from solollm.archive import ArchiveReader, FileRecord, _header
 from solollm.bundle import Bundle
 from solollm.checkpoint import open_checkpoint
 from solollm.cli import main
-from solollm.config import RunConfig
+from solollm.config import RunConfig, parse_config
 from solollm.errors import ConfigError, IntegrityError, RunLocked, StorageError
 from solollm.horizon import updated
 from solollm.packing import pack, unpack
@@ -186,7 +186,9 @@ def test_a_flipped_bit_anywhere_is_refused_before_anything_is_there(
             spots += [at + 90, at + 130, at + 156, at + 157]  # name, size, type, link
             at += 512
             spots += [at + chance.randrange(record.bytes)] if record.bytes else []
-            at += -(-record.bytes // 512) * 512
+            padded = -(-record.bytes // 512) * 512
+            spots += [at + padded - 1] if padded > record.bytes else []
+            at += padded
             assert name
     for spot in spots:
         damaged = bytearray(content)
@@ -329,6 +331,39 @@ def forged_error(tmp_path: Path, change: Change) -> str:
         assert not list((tmp_path / "there").glob("*/*")), "something is left"
         return str(error)
     return ""
+
+
+def test_a_list_changed_by_one_letter_everywhere_is_refused(archive: Path, tmp_path: Path) -> None:
+    """Guards what no file's digest covers, such as the run's name: the list seals itself."""
+    renamed = archive.read_bytes().replace(b'"run": "first"', b'"run": "fjrst"')
+    renamed = renamed.replace(b'"runs/first/', b'"runs/fjrst/')
+    (tmp_path / "renamed.solo").write_bytes(renamed)
+    with pytest.raises(IntegrityError, match="its own digest differs"):
+        unpack(tmp_path / "renamed.solo", tmp_path / "there")
+
+
+def test_starting_weights_stay_behind(
+    run: Path, toy: None, small_corpus: Path, tmp_path: Path
+) -> None:
+    """Guards a run made by --init-from: it goes on where the weights it began with are not, and
+    the archive does not name their place."""
+    base = tmp_path / "a place of mine" / "base"
+    shutil.copytree(run / "checkpoints" / "step-00000012", base)
+    config = parse_config(
+        {
+            "data": {"corpus": str(small_corpus), "seq_len": 64},
+            "optimizer": {"name": "adamw"},
+            "train": {"steps": 4, "batch_size": 6, "init_from": str(base)},
+            "checkpoint": {"every_steps": 2},
+        }
+    )
+    pretrain(config, tmp_path / "tuned")
+    shutil.rmtree(base)
+    pack(tmp_path / "tuned", tmp_path / "tuned.solo", step=2)
+    assert b"a place of mine" not in (tmp_path / "tuned.solo").read_bytes()
+    assert resume(unpack(tmp_path / "tuned.solo", tmp_path / "there").run).step == 4
+    shutil.rmtree(tmp_path / "tuned" / "checkpoints" / "step-00000004")
+    assert resume(tmp_path / "tuned").step == 4
 
 
 def test_a_corpus_other_than_the_promised_is_refused(
