@@ -13,6 +13,7 @@ _EPILOG = """\b
 Examples:
   solollm resume runs/first
   solollm resume runs/first --corpus /mnt/moved/corpora/mine
+  solollm resume moved/runs/first --backend mlx
 """
 
 
@@ -26,7 +27,10 @@ Examples:
 def command(run: Path, corpus: Path | None, backend: str, as_json: bool) -> None:
     """Continue an interrupted run from its newest intact checkpoint.
 
-    On the same machine the result is what an undisturbed run would have given, bit for bit.
+    On the same machine the result is what an undisturbed run would have given, bit for bit. On
+    another machine or backend, micro-batch and precision are planned anew. A run that was stopped
+    has said what comes next: that is computed first, and if it is not so here, nothing is changed
+    and this ends with 3.
     """
     from solollm.pretraining import resume
 
