@@ -63,6 +63,23 @@ def test_chunked_loss_equals_the_whole(
     np.testing.assert_allclose(session.token_logprobs(batch), logprobs, rtol=0, atol=1e-5)
 
 
+def test_chunks_lower_the_peak_of_the_loss(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Guards against chunks whose logits are all kept until the end."""
+    rng = np.random.default_rng(0)
+    hidden, head = (mx.array(rng.standard_normal((n, 32)).astype(np.float32)) for n in (1024, 4096))
+    labels, weights = mx.array(rng.integers(-1, 4096, 1024).astype(np.int32)), mx.ones(1024)
+    peaks = []
+    for rows in (1024, 64):
+        monkeypatch.setattr(loss, "chunk_tokens", lambda num_tokens, vocab_size, rows=rows: rows)
+        gradient: Any = mx.grad(lambda h, w: loss.summed_loss(h, w, labels, weights), (0, 1))
+        mx.clear_cache()
+        held = mx.get_active_memory()
+        mx.reset_peak_memory()
+        mx.eval(gradient(hidden, head))
+        peaks.append(mx.get_peak_memory() - held)
+    assert peaks[1] < 0.65 * peaks[0]
+
+
 def peak_bytes(session: MlxSession, batch: Batch) -> int:
     """The peak of one step above what the session holds."""
     session.train_step(batch, lr=1e-3).result()
