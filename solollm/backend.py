@@ -150,9 +150,16 @@ class Snapshot(ABC):
 
     `optimizer()` yields `exp_avg.<name>`, `exp_avg_sq.<name>`, `momentum_buffer.<name>`; 8-bit
     states yield U8 codes under that name and fp32 `<state>.<name>.absmax` (see `optim_codec`).
+
+    With several ranks, rank 0 streams and closes its snapshot while every other rank calls `attend`
+    on its own.
     """
 
     session_state: Mapping[str, int | float]
+    is_live: bool = False  # reads the session's own memory: costs none if the next step waits
+
+    def attend(self) -> None:  # noqa: B027
+        """Give rank 0 what it streams; returns when it has closed its snapshot."""
 
     @abstractmethod
     def parameters(self) -> Iterator[tuple[str, HostTensor]]:
@@ -209,6 +216,24 @@ class MemoryCosts:
     per_token_bytes: float
     per_token_checkpointed_bytes: float
     loss_chunk_bytes: int
+
+
+class Ranks:
+    """The processes that train one model together, as one of them sees it: alone by default; the
+    backend's own kind where a launcher (torchrun, mlx.launch) has started several.
+
+    Rank 0 writes the run's files, nobody else does. Methods of this and of a session, but for
+    `memory` and `close`, are called by all ranks in the same order; where one has ended, the
+    others' raise RankLost.
+    """
+
+    rank: int = 0
+    world_size: int = 1
+    local_world_size: int = 1  # of them on this machine
+
+    def largest(self, *values: float) -> tuple[float, ...]:
+        """Each value's largest over all ranks, rounded to float32 where there are several."""
+        return values
 
 
 class Probe(NamedTuple):
@@ -418,6 +443,10 @@ class Backend(ABC):
 
     @abstractmethod
     def engine(self, checkpoint: Path, options: EngineOptions) -> Engine: ...
+
+    def ranks(self) -> Ranks:
+        """This process among those that were started to train together; the same every time."""
+        return Ranks()
 
     def peers(self) -> Sequence[str]:
         """Names of other installed training stacks that `peer` can bring to the same step."""

@@ -6,6 +6,7 @@
     ├── PlanError               4   the model does not fit this machine
     ├── DataError               5   no usable data is left
     ├── BackendError            1   no backend, a wrong framework version, a failure inside one
+    │   └── RankLost            1   another process of a run on several has ended
     ├── StorageError           74   the disk is full or failing
     ├── RunLocked               1   another process writes this run
     └── Stopped                75   ended on purpose after a checkpoint: run again to resume
@@ -59,6 +60,17 @@ class DataError(SoloLLMError):
 
 class BackendError(SoloLLMError):
     """No backend here, or a failure inside one."""
+
+
+class RankLost(BackendError):
+    """A run on several processes has lost one of them; none can go on alone."""
+
+    def __init__(self, why: str) -> None:
+        super().__init__(
+            "another process of this run has ended",
+            why=why,
+            fix="its own messages say why; `solollm resume` under the same launcher goes on",
+        )
 
 
 class StorageError(SoloLLMError):

@@ -20,6 +20,7 @@ from solollm.backend import (
     MemoryCosts,
     Plan,
     Probe,
+    Ranks,
     SessionOptions,
 )
 from solollm.errors import BackendError
@@ -74,6 +75,11 @@ class MlxBackend(Backend):
 
         _check_version()
         return MlxSession(model, options, plan, mx.distributed.init())
+
+    def ranks(self) -> Ranks:
+        from solollm_mlx.ranks import MlxRanks
+
+        return MlxRanks()
 
     def engine(self, checkpoint: Path, options: EngineOptions) -> Engine:
         from solollm_mlx.engine import MlxEngine

@@ -20,6 +20,7 @@ from solollm.backend import (
     Peer,
     Plan,
     Probe,
+    Ranks,
     SessionOptions,
 )
 from solollm.config import OptimizerTable
@@ -81,6 +82,11 @@ class TorchBackend(Backend):
 
         _check_version()
         return TorchSession(model, options, plan, _device())
+
+    def ranks(self) -> Ranks:
+        from solollm_torch.ranks import TorchRanks, launched
+
+        return TorchRanks(_device()) if launched() else Ranks()
 
     def peers(self) -> Sequence[str]:
         from solollm_torch.peers import installed_peers

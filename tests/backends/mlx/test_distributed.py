@@ -23,6 +23,8 @@ from solollm.testing.bench import UNTIED, make_batch, state_of
 from solollm_mlx.backend import MlxBackend
 
 options = SessionOptions(OptimizerTable(name="adamw"), backend_options={"compile": False})
+ranks = MlxBackend().ranks()
+assert ranks.largest(float(ranks.rank), -float(ranks.rank)) == (ranks.world_size - 1, 0)
 session = MlxBackend().train_session(UNTIED, options, Plan(2, False, "float32", 24, 5))
 batch = make_batch(rows=5)  # three rows here, two there
 arrays = {name: np.array(array) for name, array in session.gradients(batch).items()}

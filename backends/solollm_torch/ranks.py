@@ -1,0 +1,94 @@
+"""The processes that torchrun started, as one of them sees it, and the group that they talk in.
+
+Without a launcher a process is alone, and needs a group only to shard over itself: then it makes
+one in its own memory. What a lost process looks like is known here too.
+"""
+
+from __future__ import annotations
+
+import atexit
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+
+import torch
+import torch.distributed as dist
+
+from solollm.backend import Ranks
+from solollm.errors import BackendError, RankLost
+
+# What gloo and NCCL say when a process at the other end is gone; their errors have no type of
+# their own.
+_LOST = (
+    "Connection closed by peer", "Connection reset by peer", "Broken pipe", "Socket closed",
+    "Timed out waiting", "communicator was aborted", "remote process exited",
+    "recvValue failed", "sendBytes failed",
+)  # fmt: skip
+
+
+def launched(environment: Mapping[str, str] = os.environ) -> bool:
+    """Whether a launcher has started this process as one of several."""
+    return int(environment.get("WORLD_SIZE", "1")) > 1 and "RANK" in environment
+
+
+def local_rank(environment: Mapping[str, str] = os.environ) -> int:
+    """Which of this machine's processes this is: the number of its card."""
+    return int(environment.get("LOCAL_RANK", "0"))
+
+
+class TorchRanks(Ranks):
+    """See `solollm.backend.Ranks`. What is agreed on is exchanged between the processors: it never
+    waits for a card."""
+
+    def __init__(self, device: torch.device) -> None:
+        join(device)
+        self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
+        self.local_world_size = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+
+    def largest(self, *values: float) -> tuple[float, ...]:
+        shared = torch.tensor(values, dtype=torch.float32)
+        with lost_ranks_named():
+            dist.all_reduce(shared, dist.ReduceOp.MAX)
+        return tuple(shared.tolist())
+
+
+def join(device: torch.device) -> None:
+    """Make this process's group, once: what the launcher's environment says, else a group of one.
+
+    Raises:
+        BackendError: the other processes cannot be reached.
+    """
+    if dist.is_initialized():
+        return
+    backend = "gloo" if device.type == "cpu" else "cpu:gloo,cuda:nccl"
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    try:
+        if launched():
+            dist.init_process_group(backend)
+        else:
+            store = dist.HashStore()  # type: ignore[attr-defined]  # public, but not re-exported
+            dist.init_process_group(backend, store=store, rank=0, world_size=1)
+    except (RuntimeError, ValueError) as error:
+        raise BackendError(
+            "the processes of this run do not find each other",
+            why=str(error).splitlines()[0],
+            fix="check the launcher's --rdzv-endpoint or --master-addr and --master-port",
+        ) from error
+    atexit.register(_leave)
+
+
+def _leave() -> None:
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+@contextmanager
+def lost_ranks_named() -> Iterator[None]:
+    """Raise RankLost for the error of an exchange with a process that is gone."""
+    try:
+        yield
+    except RuntimeError as error:
+        if any(text in str(error) for text in _LOST):
+            raise RankLost(str(error).splitlines()[0][:300]) from error
+        raise
