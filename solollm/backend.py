@@ -192,7 +192,9 @@ class SessionOptions:
 
 @dataclass(frozen=True)
 class Plan:
-    """What the planner decided for this machine; stored beside the run."""
+    """What the planner decided for this machine; stored beside the run. `settings` are the
+    `backend_options` that it chose, `state_bits` what it keeps moments in where that is its choice,
+    `host_memory_bytes` what lies beside a card's own memory."""
 
     micro_batch_size: int
     activation_checkpointing: bool
@@ -201,6 +203,9 @@ class Plan:
     batch_size: int
     memory_bytes: Mapping[str, int] = field(default_factory=dict)
     memory_limit_bytes: int = 0
+    host_memory_bytes: Mapping[str, int] = field(default_factory=dict)
+    settings: Mapping[str, bool | int | float | str] = field(default_factory=dict)
+    state_bits: int | None = None
 
 
 @dataclass(frozen=True)
@@ -209,6 +214,14 @@ class MemoryCosts:
 
     `fixed` once; `per_parameter` for masters, gradients and optimizer; `per_token` of a
     micro-batch with and without activation checkpointing (all layers); `loss_chunk` once.
+
+    Attributes:
+        state_bytes: the tensors of `per_parameter_bytes` one by one, exact, where the backend
+            counts them; then these are planned with.
+        host_bytes: what the session holds in the host's memory beside a card's, by name, and
+            `host_per_token_bytes` of a micro-batch.
+        traffic_bytes: what crosses the link between them, the busier way, per "micro-batch" and
+            per "update"; `overlaps_copies`: beside the computation.
     """
 
     fixed_bytes: int
@@ -216,6 +229,26 @@ class MemoryCosts:
     per_token_bytes: float
     per_token_checkpointed_bytes: float
     loss_chunk_bytes: int
+    state_bytes: Mapping[str, int] = field(default_factory=dict)
+    host_bytes: Mapping[str, int] = field(default_factory=dict)
+    host_per_token_bytes: float = 0.0
+    traffic_bytes: Mapping[str, int] = field(default_factory=dict)
+    overlaps_copies: bool = False
+
+
+class Way(NamedTuple):
+    """One way to hold and train a model, for the planner to choose from.
+
+    `settings` are `backend_options`; `state_bits` what it keeps moments in, None for whatever the
+    optimizer's table says. `cost` says in a few words what it costs the user, empty for the plain
+    way. One that needs `consent`, because it changes what is learnt, is offered and not taken.
+    """
+
+    name: str
+    settings: Mapping[str, bool | int | float | str] = {}
+    state_bits: int | None = None
+    cost: str = ""
+    consent: bool = False
 
 
 class Ranks:
@@ -432,8 +465,18 @@ class Backend(ABC):
 
     @abstractmethod
     def memory_costs(
-        self, model: ModelConfig, options: SessionOptions, compute_dtype: ComputeDType
-    ) -> MemoryCosts: ...
+        self,
+        model: ModelConfig,
+        options: SessionOptions,
+        compute_dtype: ComputeDType,
+        *,
+        device: str = "",
+    ) -> MemoryCosts:
+        """What a session costs on `device` ("cpu", "cuda", "gpu"; empty: this machine's)."""
+
+    def ways(self, device: str = "") -> Sequence[Way]:
+        """How models can be held on `device`, the fastest first."""
+        return (Way("resident"),)
 
     @abstractmethod
     def train_session(

@@ -184,6 +184,17 @@ def plan_of(shape: Shape, config: RunConfig, backend: Backend) -> Plan:
     )  # fmt: skip
 
 
+def settled(config: RunConfig, backend: Backend, plan: Plan) -> RunConfig:
+    """`config` with what the plan chose: where the state lies, and in how many bits."""
+    if plan.settings:
+        own = {**config.backend_options.get(backend.name, {}), **plan.settings}
+        options = {**config.backend_options, backend.name: own}
+        config = config.model_copy(update={"backend_options": options})
+    if plan.state_bits is not None:
+        config = updated(config, "optimizer", state_bits=plan.state_bits)
+    return config
+
+
 def _fits(shape: Shape, config: RunConfig, backend: Backend) -> bool:
     try:
         plan_of(shape, config, backend)

@@ -1,18 +1,26 @@
-"""Does it fit, and in what pieces: the micro-batch, checkpointing and dtype of a run.
+"""Does it fit, and in what pieces: where the state lies, the micro-batch, checkpointing and dtype.
 
-The backend gives coefficients (`Backend.memory_costs`), the machine its free memory; here they are
-multiplied. The global batch is never changed: a smaller micro-batch only means more of them per
-step. Time and energy are planned elsewhere.
+The backend gives coefficients (`Backend.memory_costs`) for each way it can hold a model
+(`Backend.ways`), the machine its free memory; here they are multiplied. The global batch is never
+changed: a smaller micro-batch only means more of them per step. Time and energy are in
+`solollm.forecast`, devices that are not this machine in `solollm.devices`.
 """
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 
 from solollm.architecture import ModelConfig
-from solollm.backend import Backend, Capabilities, ComputeDType, MemoryCosts, Plan, SessionOptions
+from solollm.backend import (
+    Backend,
+    Capabilities,
+    ComputeDType,
+    MemoryCosts,
+    Plan,
+    SessionOptions,
+    Way,
+)
 from solollm.config import RunConfig
 from solollm.dial import PRESET_NAMES, preset
 from solollm.errors import ConfigError, PlanError
@@ -24,23 +32,45 @@ _USABLE_SHARE = {"cpu": 0.8, "gpu": 0.9}
 # A processor trains no faster with larger micro-batches than this: measured, its rate is level
 # from about a thousand tokens up.
 _CPU_MICRO_BATCH_TOKENS = 4096
+# Beyond this a GPU gains nothing either, and a plan is easier to read.
+_GPU_MICRO_BATCH_TOKENS = 1 << 17
 
 
 @dataclass(frozen=True)
-class _Shape:
-    """One way to run a step, and what it costs."""
+class Room:
+    """Bytes that a run may use: of the device, and of the host's memory beside a card. `device`
+    is the backend's name for it, empty for this machine's own."""
 
+    device_bytes: int
+    host_bytes: int = 0
+    is_cpu: bool = True
+    device: str = ""
+
+
+@dataclass(frozen=True)
+class Layout:
+    """One way to run a step, and what it costs, by name of what takes it."""
+
+    way: Way
     micro_batch_size: int
     activation_checkpointing: bool
-    memory_bytes: dict[str, int]
+    costs: MemoryCosts
+    device_bytes: Mapping[str, int]
+    host_bytes: Mapping[str, int]
 
     @property
     def total_bytes(self) -> int:
-        return sum(self.memory_bytes.values())
+        return sum(self.device_bytes.values())
+
+    def fits(self, room: Room) -> bool:
+        return (
+            self.total_bytes <= room.device_bytes
+            and sum(self.host_bytes.values()) <= room.host_bytes
+        )
 
 
 @dataclass(frozen=True)
-class _Question:
+class Question:
     """What is to be fitted. Frozen, so that a remedy is a `replace`."""
 
     model: ModelConfig
@@ -50,6 +80,7 @@ class _Question:
     compute_dtype: ComputeDType
     micro_batch_size: int | None
     activation_checkpointing: bool | None
+    ways: tuple[Way, ...]
     max_tokens: int  # of a micro-batch that the planner chooses; one row is always allowed
 
 
@@ -66,33 +97,70 @@ def plan(
     """The fastest way to run this step that fits this machine's free memory.
 
     Settings given in the config are kept; what is left open is chosen: the largest micro-batch
-    without activation checkpointing, else the largest with it. On a processor "largest" ends where
-    more rows gain nothing.
+    without activation checkpointing, else the largest with it, in the first of the backend's ways
+    that fits. On a processor "largest" ends where more rows gain nothing.
 
     Raises:
         ConfigError: a compute dtype that the backend cannot train in.
         PlanError: nothing fits; the message holds the byte table and the cheapest change that does.
     """
-    machine = machine or read_machine()
     capabilities = backend.capabilities()
-    question = _Question(
-        model, options, batch_size, seq_len, _compute_dtype(config, capabilities),
-        config.train.micro_batch_size, config.train.activation_checkpointing,
-        _CPU_MICRO_BATCH_TOKENS if _is_cpu(capabilities.device, machine) else sys.maxsize,
+    room = room_here(capabilities.device, machine or read_machine())
+    dtype = compute_dtype(config, capabilities)
+    question = ask(
+        model, options, config, backend,
+        room=room, compute_dtype=dtype, batch_size=batch_size, seq_len=seq_len,
     )  # fmt: skip
-    limit = memory_limit_bytes(capabilities.device, machine)
-    shape = _best_shape(question, backend, limit)
-    if shape is None:
-        raise _does_not_fit(question, backend, limit)
+    layout = best_layout(question, backend, room)
+    if layout is None:
+        raise does_not_fit(question, backend, room, capabilities)
+    return as_plan(question, layout, room)
+
+
+def ask(
+    model: ModelConfig,
+    options: SessionOptions,
+    config: RunConfig,
+    backend: Backend,
+    *,
+    room: Room,
+    compute_dtype: ComputeDType,
+    batch_size: int,
+    seq_len: int,
+) -> Question:
+    """The question that a config puts: what it fixes stays, the rest is the planner's choice."""
+    return Question(
+        model, options, batch_size, seq_len, compute_dtype,
+        config.train.micro_batch_size, config.train.activation_checkpointing,
+        tuple(_allowed_ways(options, config, backend, room)),
+        _CPU_MICRO_BATCH_TOKENS if room.is_cpu else _GPU_MICRO_BATCH_TOKENS,
+    )  # fmt: skip
+
+
+def as_plan(question: Question, layout: Layout, room: Room) -> Plan:
+    """The plan of a layout that was chosen."""
     return Plan(
-        micro_batch_size=shape.micro_batch_size,
-        activation_checkpointing=shape.activation_checkpointing,
+        micro_batch_size=layout.micro_batch_size,
+        activation_checkpointing=layout.activation_checkpointing,
         compute_dtype=question.compute_dtype,
-        seq_len=seq_len,
-        batch_size=batch_size,
-        memory_bytes=shape.memory_bytes,
-        memory_limit_bytes=limit,
+        seq_len=question.seq_len,
+        batch_size=question.batch_size,
+        memory_bytes=layout.device_bytes,
+        memory_limit_bytes=room.device_bytes,
+        host_memory_bytes=layout.host_bytes,
+        settings=dict(layout.way.settings),
+        state_bits=layout.way.state_bits,
     )
+
+
+def room_here(device: str, machine: Machine) -> Room:
+    """What a session on `device` ("cpu", "cuda:0", "mps", ...) may use on this machine."""
+    limit = memory_limit_bytes(device, machine)
+    if _is_cpu(device, machine):
+        return Room(limit)
+    has_own = any(gpu.vendor == "nvidia" for gpu in machine.gpus)
+    host = int(machine.available_bytes * _USABLE_SHARE["cpu"]) if has_own else 0
+    return Room(limit, host, is_cpu=False)
 
 
 def memory_limit_bytes(device: str, machine: Machine) -> int:
@@ -114,11 +182,8 @@ def format_bytes(count: int) -> str:
     return f"{count} B" if unit == "B" else f"{value:.3g} {unit}"
 
 
-def _is_cpu(device: str, machine: Machine) -> bool:
-    return device.partition(":")[0] == "cpu" or not machine.gpus
-
-
-def _compute_dtype(config: RunConfig, capabilities: Capabilities) -> ComputeDType:
+def compute_dtype(config: RunConfig, capabilities: Capabilities) -> ComputeDType:
+    """The config's, or the one that this machine prefers. Raises ConfigError where it has none."""
     asked = config.train.compute_dtype
     if asked == "auto":
         return capabilities.preferred_dtype
@@ -131,20 +196,84 @@ def _compute_dtype(config: RunConfig, capabilities: Capabilities) -> ComputeDTyp
     return asked
 
 
-def _best_shape(question: _Question, backend: Backend, limit: int) -> _Shape | None:
-    costs = backend.memory_costs(question.model, question.options, question.compute_dtype)
-    return next((s for s in _shapes(question, costs) if s.total_bytes <= limit), None)
+def best_layout(question: Question, backend: Backend, room: Room) -> Layout | None:
+    """The first that fits, of the ways that need no consent."""
+    return next(
+        (
+            layout
+            for way in question.ways
+            if not way.consent
+            for layout in layouts(question, backend, way, room)
+            if layout.fits(room)
+        ),
+        None,
+    )
 
 
-def _shapes(question: _Question, costs: MemoryCosts) -> Iterator[_Shape]:
-    """Every way the settings leave open, the fastest first."""
+def layouts(question: Question, backend: Backend, way: Way, room: Room) -> Iterator[Layout]:
+    """Every way the settings leave open to run a step, the fastest first."""
+    options = options_of(question.options, way)
+    place = {"device": room.device} if room.device else {}
+    costs = backend.memory_costs(question.model, options, question.compute_dtype, **place)
     asked = question.activation_checkpointing
     for checkpointing in (False, True) if asked is None else (asked,):
         for rows in _micro_batch_sizes(question):
-            yield _shape(question, costs, rows, checkpointing)
+            yield _layout(question, way, costs, (rows, checkpointing))
 
 
-def _micro_batch_sizes(question: _Question) -> list[int]:
+def options_of(options: SessionOptions, way: Way) -> SessionOptions:
+    """The session options of a way."""
+    if way.state_bits is not None and way.state_bits != options.optimizer.state_bits:
+        table = options.optimizer.model_copy(update={"state_bits": way.state_bits})
+        options = replace(options, optimizer=table)
+    return replace(options, backend_options={**options.backend_options, **way.settings})
+
+
+def does_not_fit(
+    question: Question, backend: Backend, room: Room, capabilities: Capabilities
+) -> PlanError:
+    """The refusal: the table of the smallest way to run it, and the cheapest change that fits."""
+    smallest = min(
+        (s for w in question.ways for s in layouts(question, backend, w, room) if not w.consent),
+        key=lambda layout: (_excess(layout, room), layout.total_bytes),
+    )
+    rows = [f"{name} {format_bytes(size)}" for name, size in smallest.device_bytes.items()]
+    host = sum(smallest.host_bytes.values())
+    beside = f" and {format_bytes(host)} beside the card" if host else ""
+    had = f" and {format_bytes(room.host_bytes)}" if host else ""
+    return PlanError(
+        f"this run needs {format_bytes(smallest.total_bytes)} of memory{beside} even with"
+        f" micro-batches of {smallest.micro_batch_size} row(s) of {question.seq_len} tokens;"
+        f" {format_bytes(room.device_bytes)}{had} can be used here",
+        why=", ".join(rows),
+        fix=_cheapest_change(question, backend, room, capabilities),
+    )
+
+
+def _allowed_ways(
+    options: SessionOptions, config: RunConfig, backend: Backend, room: Room
+) -> Iterator[Way]:
+    """The backend's ways that contradict nothing that the config says. One that was asked for by
+    its settings needs no further consent."""
+    given = options.backend_options
+    fixed_bits = "state_bits" in config.optimizer.model_fields_set
+    for way in backend.ways(room.device) if room.device else backend.ways():
+        asked = {key: given[key] for key in way.settings if key in given}
+        if any(value != way.settings[key] for key, value in asked.items()):
+            continue
+        if way.name == "resident" and given.get("offload", "none") != "none":
+            continue
+        needs = way.state_bits
+        if fixed_bits and needs is not None and needs != options.optimizer.state_bits:
+            continue
+        yield way._replace(consent=way.consent and len(asked) < len(way.settings))
+
+
+def _is_cpu(device: str, machine: Machine) -> bool:
+    return device.partition(":")[0] == "cpu" or not machine.gpus
+
+
+def _micro_batch_sizes(question: Question) -> list[int]:
     """The setting; or the batch and the powers of two below it, descending. (The last micro-batch
     of a step may be smaller than the others.)"""
     whole = question.batch_size
@@ -155,41 +284,49 @@ def _micro_batch_sizes(question: _Question) -> list[int]:
     return [rows for rows in (whole, *reversed(powers)) if rows <= most]
 
 
-def _shape(question: _Question, costs: MemoryCosts, rows: int, checkpointing: bool) -> _Shape:
+def _layout(question: Question, way: Way, costs: MemoryCosts, pieces: tuple[int, bool]) -> Layout:
+    rows, checkpointing = pieces
     per_token = costs.per_token_checkpointed_bytes if checkpointing else costs.per_token_bytes
-    parameters = question.model.num_parameters()
+    tokens = rows * question.seq_len
+    state = costs.state_bytes or {
+        "weights, gradients, optimizer": int(
+            costs.per_parameter_bytes * question.model.num_parameters()
+        )
+    }
     table = {
         "framework": costs.fixed_bytes,
-        "weights, gradients, optimizer": int(costs.per_parameter_bytes * parameters),
-        "activations": int(per_token * rows * question.seq_len),
+        **state,
+        "activations": int(per_token * tokens),
         "loss": costs.loss_chunk_bytes,
     }
-    return _Shape(rows, checkpointing, table)
+    host = dict(costs.host_bytes)
+    if costs.host_per_token_bytes:
+        host["activations"] = int(costs.host_per_token_bytes * tokens)
+    return Layout(way, rows, checkpointing, costs, table, host)
 
 
-def _does_not_fit(question: _Question, backend: Backend, limit: int) -> PlanError:
-    costs = backend.memory_costs(question.model, question.options, question.compute_dtype)
-    smallest = min(_shapes(question, costs), key=lambda shape: shape.total_bytes)
-    rows = [f"{name} {format_bytes(size)}" for name, size in smallest.memory_bytes.items()]
-    return PlanError(
-        f"this run needs {format_bytes(smallest.total_bytes)} of memory even with micro-batches of"
-        f" {smallest.micro_batch_size} row(s) of {question.seq_len} tokens;"
-        f" {format_bytes(limit)} can be used here",
-        why=", ".join(rows),
-        fix=_cheapest_change(question, backend, limit),
-    )
+def _excess(layout: Layout, room: Room) -> int:
+    """Bytes by which a layout misses its room."""
+    host = sum(layout.host_bytes.values())
+    return max(0, layout.total_bytes - room.device_bytes) + max(0, host - room.host_bytes)
 
 
-def _cheapest_change(question: _Question, backend: Backend, limit: int) -> str:
+def _cheapest_change(
+    question: Question, backend: Backend, room: Room, capabilities: Capabilities
+) -> str:
     """The first remedy that fits, in the order of what it costs the user."""
-    for advice, changed in _remedies(question, backend.capabilities()):
-        shape = _best_shape(changed, backend, limit)
-        if shape is not None:
-            return f"{advice}: it then needs {format_bytes(shape.total_bytes)}"
+    for advice, changed in _remedies(question, backend, room, capabilities):
+        layout = best_layout(changed, backend, room)
+        if layout is not None:
+            host = sum(layout.host_bytes.values())
+            beside = f" and {format_bytes(host)} beside the card" if host else ""
+            return f"{advice}: it then needs {format_bytes(layout.total_bytes)}{beside}"
     return "no setting makes it fit: use a machine with more free memory"
 
 
-def _remedies(question: _Question, capabilities: Capabilities) -> Iterator[tuple[str, _Question]]:
+def _remedies(
+    question: Question, backend: Backend, room: Room, capabilities: Capabilities
+) -> Iterator[tuple[str, Question]]:
     free = replace(question, micro_batch_size=None, activation_checkpointing=None)
     if free != question:
         yield "leave micro-batch and activation checkpointing to the planner", free
@@ -200,6 +337,13 @@ def _remedies(question: _Question, capabilities: Capabilities) -> Iterator[tuple
         optimizer = question.options.optimizer.model_copy(update={"state_bits": 8})
         free = replace(free, options=replace(question.options, optimizer=optimizer))
         yield "--set optimizer.state_bits=8", free
+    for way in question.ways:
+        if way.consent:
+            switches = [
+                f"--set backend_options.{backend.name}.{k}={v}" for k, v in way.settings.items()
+            ]
+            agreed = way._replace(consent=False)
+            yield f"{' '.join(switches)} ({way.name}: {way.cost})", replace(free, ways=(agreed,))
     for length in (question.seq_len // 2, question.seq_len // 4):
         if length >= 128:
             yield f"--set data.seq_len={length}", replace(free, seq_len=length)

@@ -30,6 +30,7 @@ from solollm.horizon import (
     resolve_model,
     resolve_shape,
     session_options,
+    settled,
     updated,
 )
 from solollm.registry import Selected, find_backends, select_backend
@@ -161,7 +162,8 @@ def prepare(
     else:
         shape = resolve_shape(config, resolve_model(config.model, vocab_size))
     config = resolve(config, shape, chosen, sample_batch)
-    return Preparation(config, selected, plan_of(shape, config, chosen), tokenizer, weights)
+    plan = plan_of(shape, config, chosen)
+    return Preparation(settled(config, chosen, plan), selected, plan, tokenizer, weights)
 
 
 def _train(

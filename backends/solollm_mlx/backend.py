@@ -62,7 +62,12 @@ class MlxBackend(Backend):
         )
 
     def memory_costs(
-        self, model: ModelConfig, options: SessionOptions, compute_dtype: ComputeDType
+        self,
+        model: ModelConfig,
+        options: SessionOptions,
+        compute_dtype: ComputeDType,
+        *,
+        device: str = "",
     ) -> MemoryCosts:
         from solollm_mlx.memory import memory_costs
 

@@ -69,11 +69,19 @@ class TorchBackend(Backend):
         )
 
     def memory_costs(
-        self, model: ModelConfig, options: SessionOptions, compute_dtype: ComputeDType
+        self,
+        model: ModelConfig,
+        options: SessionOptions,
+        compute_dtype: ComputeDType,
+        *,
+        device: str = "",
     ) -> MemoryCosts:
+        import torch
+
         from solollm_torch.memory import memory_costs
 
-        return memory_costs(model, options, compute_dtype, _device())
+        place = torch.device(device) if device else _device()
+        return memory_costs(model, options, compute_dtype, place)
 
     def train_session(
         self, model: ModelConfig, options: SessionOptions, plan: Plan

@@ -9,6 +9,8 @@ import torch
 
 from solollm.architecture import ModelConfig
 from solollm.backend import ComputeDType, MemoryCosts, SessionOptions
+from solollm.config import OptimizerTable
+from solollm.state_bytes import optimizer_bytes, weight_bytes
 from solollm_torch.loss import chunk_rows
 from solollm_torch.optim import MUON_BATCH_ELEMENTS
 
@@ -29,13 +31,24 @@ def memory_costs(
     head_bytes = 4 * model.vocab_size * model.hidden_size  # the embedding's gradient, for a moment
     chunk_bytes = chunk_rows(model.vocab_size, device) * model.vocab_size
     chunk_bytes *= 4 if compute_dtype == "float32" else 8  # bf16 logits are widened and narrowed
+    state = resident_bytes(model, options.optimizer)
     return MemoryCosts(
         fixed_bytes=fixed,
-        per_parameter_bytes=8 + _state_bytes_per_parameter(model, options),
+        per_parameter_bytes=sum(state.values()) / model.num_parameters(),
         per_token_bytes=model.num_hidden_layers * kept + passing + ends,
         per_token_checkpointed_bytes=model.num_hidden_layers * residual + kept + passing + ends,
         loss_chunk_bytes=max(chunk_bytes, head_bytes),
+        state_bytes=state,
     )
+
+
+def resident_bytes(model: ModelConfig, table: OptimizerTable) -> dict[str, int]:
+    """The tensors of a session that holds everything on its device: exact, by what they are."""
+    return {
+        "weights": weight_bytes(model),
+        "gradients": weight_bytes(model),
+        "optimizer": optimizer_bytes(model, table),
+    }
 
 
 def _bytes_per_token(model: ModelConfig, item: int) -> tuple[int, int, int]:
@@ -52,12 +65,3 @@ def _bytes_per_token(model: ModelConfig, item: int) -> tuple[int, int, int]:
     passing = item * (hidden + 3 * inter)  # gradients of the residual, of gate and up, one product
     ends = 3 * item * hidden + 32  # final norm, its output and gradient; ids and labels
     return kept, passing, ends
-
-
-def _state_bytes_per_parameter(model: ModelConfig, options: SessionOptions) -> float:
-    """AdamW keeps two moments, Muon one for the matrices; in 8 bits those of matrices only."""
-    item = 4.0 if options.optimizer.state_bits == 32 else 1.02
-    matrices = model.num_matrix_parameters() - model.vocab_size * model.hidden_size
-    share = matrices / model.num_parameters()
-    moments = 1 if options.optimizer.name == "muon" else 2
-    return share * moments * item + (1 - share) * 2 * 4

@@ -68,7 +68,12 @@ class ToyBackend(Backend):
         )  # fmt: skip
 
     def memory_costs(
-        self, model: ModelConfig, options: SessionOptions, compute_dtype: ComputeDType
+        self,
+        model: ModelConfig,
+        options: SessionOptions,
+        compute_dtype: ComputeDType,
+        *,
+        device: str = "",
     ) -> MemoryCosts:
         per_token = 4.0 * (3 * model.hidden_size + 2 * model.vocab_size)
         return MemoryCosts(50_000_000, 16.0, per_token, per_token, 0)

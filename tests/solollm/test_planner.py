@@ -33,7 +33,12 @@ class _Costs(Backend):
         return Capabilities("cpu", self.dtypes, "float32", ("lm",), ("adamw",), (32, 8))
 
     def memory_costs(
-        self, model: ModelConfig, options: SessionOptions, compute_dtype: ComputeDType
+        self,
+        model: ModelConfig,
+        options: SessionOptions,
+        compute_dtype: ComputeDType,
+        *,
+        device: str = "",
     ) -> MemoryCosts:
         per_parameter = 16 if options.optimizer.state_bits == 32 else 10
         width = 1.0 if compute_dtype == "float32" else 0.5

@@ -1,0 +1,39 @@
+"""How many bytes the state of a training takes: a count of the name table, exact to the byte.
+
+The canonical tensors are the same on every backend, so weights, optimizer states and checkpoints
+are counted here once. What a backend keeps beside them (activations, buffers, copies) is its own
+to say, in `Backend.memory_costs`.
+"""
+
+from __future__ import annotations
+
+import math
+
+from solollm.architecture import ModelConfig, ParameterSpec, parameter_table
+from solollm.config import OptimizerTable
+from solollm.optim_codec import is_quantized, num_blocks
+
+_CHECKPOINT_EXTRAS = 4 << 20  # tokenizer, configuration, certificate: a few megabytes at most
+
+
+def weight_bytes(model: ModelConfig, item_bytes: int = 4) -> int:
+    """All weights at so many bytes each."""
+    return item_bytes * model.num_parameters()
+
+
+def optimizer_bytes(model: ModelConfig, table: OptimizerTable) -> int:
+    """The moments of AdamW or Muon, as the optimizer holds them and as a checkpoint stores them."""
+    return sum(_state_bytes(spec, table) for spec in parameter_table(model))
+
+
+def checkpoint_bytes(model: ModelConfig, table: OptimizerTable, *, item_bytes: int = 4) -> int:
+    """One checkpoint's size on the disk, to within its small files."""
+    return weight_bytes(model, item_bytes) + optimizer_bytes(model, table) + _CHECKPOINT_EXTRAS
+
+
+def _state_bytes(spec: ParameterSpec, table: OptimizerTable) -> int:
+    numel = math.prod(spec.shape)
+    count = 1 if table.name == "muon" and spec.group == "matrix" else 2
+    if table.state_bits == 8 and is_quantized(spec.shape, spec.group):
+        return count * (numel + 4 * num_blocks(spec.shape))
+    return count * 4 * numel
