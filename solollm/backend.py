@@ -19,6 +19,7 @@ from typing import Literal, NamedTuple, Protocol
 
 import numpy as np
 
+from solollm.adapters import AdapterOptions
 from solollm.architecture import ModelConfig
 from solollm.config import OptimizerTable
 from solollm.errors import BackendError
@@ -181,12 +182,14 @@ class Snapshot(ABC):
 
 @dataclass(frozen=True)
 class SessionOptions:
-    """How a session trains; everything that is neither the model nor the plan."""
+    """How a session trains; everything that is neither the model nor the plan. With an `adapter`
+    only its tensors are trained, exported and imported, under the names of
+    `solollm.adapters.adapter_table`; the frozen base comes through `TrainSession.import_base`."""
 
     optimizer: OptimizerTable
     seed: int = 0
     objective: Objective = "lm"
-    adapter: Mapping[str, object] | None = None
+    adapter: AdapterOptions | None = None
     backend_options: Mapping[str, bool | int | float | str] = field(default_factory=dict)
 
 
@@ -280,7 +283,8 @@ class Probe(NamedTuple):
 
 @dataclass(frozen=True)
 class Capabilities:
-    """What a backend can do here, as data."""
+    """What a backend can do here, as data. `adapters`: "lora", and "qlora-<codec>" where a frozen
+    base can be held in 4 bits, with the codec's name."""
 
     device: str
     train_dtypes: tuple[ComputeDType, ...]
@@ -337,6 +341,12 @@ class TrainSession(ABC):
     def import_optimizer(self, source: TensorSource, state: Mapping[str, int | float]) -> None:
         """Take the optimizer's tensors and `session_state`; the same errors."""
 
+    def import_base(self, source: TensorSource) -> None:
+        """Take the frozen base of an adapter session, canonical names and shapes, tensor by tensor
+        (quantised as it is read where the options say so). Comes before the first step, and may
+        come once. Raises IntegrityError as `import_parameters`."""
+        raise BackendError("this session has no frozen base: it trains every parameter")
+
     @property
     @abstractmethod
     def session_state(self) -> Mapping[str, int | float]:
@@ -368,7 +378,8 @@ LogitsProcessor = Callable[[Sequence[int], np.ndarray], np.ndarray]
 @dataclass(frozen=True)
 class Request:
     """One sequence to continue. `prompt_ids` must not be empty. With `score_prompt` the first
-    event carries the log-probability of every prompt token but the first."""
+    event carries the log-probability of every prompt token but the first. `adapter`: one of the
+    engine's by name; None: the engine's default, if it has one, else the base alone."""
 
     prompt_ids: Sequence[int]
     max_new_tokens: int
@@ -415,11 +426,14 @@ class Decoder(ABC):
 @dataclass(frozen=True)
 class EngineOptions:
     """`max_batch_size` sequences at once, up to `max_seq_len` tokens each (0: the model's).
-    `vocab_size`: ids from here on are padding rows and are never sampled (0: none)."""
+    `vocab_size`: ids from here on are padding rows and are never sampled (0: none). `adapters`:
+    folders in PEFT's layout by the names that requests use; `adapter`: the default among them."""
 
     max_batch_size: int = 8
     max_seq_len: int = 0
     vocab_size: int = 0
+    adapters: Mapping[str, Path] = field(default_factory=dict)
+    adapter: str | None = None
     compute_dtype: ComputeDType | Literal["auto"] = "auto"
     backend_options: Mapping[str, bool | int | float | str] = field(default_factory=dict)
 
@@ -482,7 +496,8 @@ class Backend(ABC):
     def train_session(
         self, model: ModelConfig, options: SessionOptions, plan: Plan
     ) -> TrainSession:
-        """A session with the core's initial weights of `options.seed`."""
+        """A session with the core's initial weights of `options.seed`; with an adapter, with the
+        adapter's first values of its own seed, and without a base until `import_base`."""
 
     @abstractmethod
     def engine(self, checkpoint: Path, options: EngineOptions) -> Engine: ...

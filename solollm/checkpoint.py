@@ -1,9 +1,10 @@
 """A checkpoint: one directory that is whole or absent, and proves every byte before it is used.
 
 `docs/reference/checkpoint.md` is the format. Minus `optimizer.safetensors`, `trainer_state.json`,
-`certificate.json` and `manifest.json` it is a plain Hugging Face model folder. How bytes reach the
-disk is `solollm.durable`'s, how tensors are laid out `solollm.tensorfile`'s; when to save and what
-to keep is decided in `solollm.trainer`.
+`certificate.json` and `manifest.json` it is a plain Hugging Face model folder, or with an adapter
+one of PEFT beside `base.json` (`solollm.frozen_base`). How bytes reach the disk is
+`solollm.durable`'s, how tensors are laid out `solollm.tensorfile`'s; when to save and what to keep
+is decided in `solollm.trainer`.
 """
 
 from __future__ import annotations
@@ -18,10 +19,17 @@ from typing import Any, Literal, NamedTuple, TypeVar
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from solollm import durable
-from solollm.architecture import ModelConfig, parameter_table
+from solollm.adapters import (
+    ADAPTER_CONFIG,
+    ADAPTER_WEIGHTS,
+    AdapterOptions,
+    trained_table,
+)
+from solollm.architecture import ModelConfig
 from solollm.backend import HostTensor, Snapshot, TensorSource
 from solollm.certificate import Certificate, CertifiedSource, Continuation
 from solollm.errors import BackendError, ConfigError, IntegrityError, StorageError
+from solollm.frozen_base import BASE, BaseRecord, TrainedAdapter
 from solollm.manifest import MANIFEST, Manifest, ManifestWriter, read_manifest, refuse_newer
 from solollm.strictfile import parse_json, refused
 from solollm.tensorfile import (
@@ -86,11 +94,13 @@ class TrainerState(_State):
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """An opened checkpoint; its files stay open until it is dropped."""
+    """An opened checkpoint; its files stay open until it is dropped. With an `adapter` the
+    parameters are the adapter's tensors, and `model` is that of its base."""
 
     path: Path
     step: int
     model: ModelConfig
+    adapter: TrainedAdapter | None
     state: TrainerState
     certificate: Certificate
     _weights: Weights = field(repr=False)
@@ -131,12 +141,15 @@ def save_checkpoint(
     state: TrainerState,
     tokenizer_files: Mapping[str, bytes],
     token_ids: Mapping[str, int],
+    generation: Mapping[str, Any] | None = None,
+    adapter: TrainedAdapter | None = None,
     continuation: Continuation | None = None,
     shard_bytes: int = SHARD_BYTES,
 ) -> Path:
     """Stream a snapshot into `parent/step-NNNNNNNN`, one tensor live; safe on any thread.
 
     When it returns, the checkpoint survives a power cut. One of the same step is replaced.
+    `generation`: the content of `generation_config.json`; default: the token ids.
 
     Raises:
         StorageError: no room, or the disk fails; every earlier checkpoint is untouched.
@@ -144,7 +157,8 @@ def save_checkpoint(
         BackendError: the snapshot is not one of this model.
     """
     parameters, optimizer = list(snapshot.parameter_specs()), list(snapshot.optimizer_specs())
-    if {(name, tuple(shape)) for name, _, shape in parameters} != _expected(model):
+    options = adapter.options if adapter else None
+    if {(name, tuple(shape)) for name, _, shape in parameters} != _expected(model, options):
         raise BackendError("the snapshot's tensors are not those of the model's name table")
     durable.make_directory(parent)
     tensor_bytes = sum(spec_bytes(dtype, shape) for _, dtype, shape in [*parameters, *optimizer])
@@ -153,13 +167,19 @@ def save_checkpoint(
     dtype = "bfloat16" if all(dtype == "BF16" for _, dtype, _ in parameters) else "float32"
     with durable.staged_directory(final) as folder:
         files = ManifestWriter(folder)
-        files.add_json("config.json", model.to_hf(torch_dtype=dtype, **token_ids))
-        files.add_json("generation_config.json", dict(token_ids))
+        if adapter is None:
+            files.add_json("config.json", model.to_hf(torch_dtype=dtype, **token_ids))
+        else:
+            for name, table in adapter.tables().items():
+                files.add_json(name, table)
+        files.add_json("generation_config.json", dict(generation or token_ids))
         for name, content in tokenizer_files.items():
             files.add(name, content)
-        weights = _write_weights(
-            files, parameters, _finite(snapshot.parameters(), final), shard_bytes
-        )
+        tensors = _finite(snapshot.parameters(), final)
+        if adapter is None:
+            weights = _write_weights(files, parameters, tensors, shard_bytes)
+        else:
+            weights = files.add_tensors(ADAPTER_WEIGHTS, parameters, tensors, FOR_TRANSFORMERS)
         moments = files.add_tensors(OPTIMIZER, optimizer, _finite(snapshot.optimizer(), final))
         files.add_json(STATE, state.model_dump(mode="json"))
         certificate = Certificate(
@@ -200,27 +220,35 @@ def open_checkpoint(path: Path, verify: Literal["sizes", "digests"] = "digests")
     """
     manifest = read_manifest(path)
     plain = [name for name, entry in manifest.files.items() if entry.digest.startswith("sha256:")]
-    content = {name: manifest.read(name) for name in {*plain, "config.json", STATE, CERTIFICATE}}
+    described = (BASE, ADAPTER_CONFIG) if BASE in manifest.files else ("config.json",)
+    content = {name: manifest.read(name) for name in {*plain, *described, STATE, CERTIFICATE}}
     state = _parse(TrainerState, content[STATE], path / STATE)
     certificate = _parse(Certificate, content[CERTIFICATE], path / CERTIFICATE)
     step = manifest.facts.get("step")
     if type(step) is not int or not step == state.step == certificate.step:
         steps = f"{step}, {state.step} and {certificate.step}"
         raise refused(path / MANIFEST, "step", f"files of steps {steps} are mixed")
-    model = _parse_model(content["config.json"], path / "config.json")
-    weights = open_weights(path)
+    model, adapter = _parse_model(content, path)
     optimizer = TensorFile(path / OPTIMIZER, follow_links=False)
-    check_parameters(weights, model)
+    if adapter is None:
+        weights = open_weights(path)
+        check_parameters(weights, model)
+    else:
+        weights = Weights(path, [TensorFile(path / ADAPTER_WEIGHTS, follow_links=False)])
+        check_parameters(weights, model, adapter.options)
     _prove(manifest, weights.files, certificate.parameters, verify)
     _prove(manifest, [optimizer], certificate.optimizer, verify)
     return Checkpoint(
-        path, step, model, state, certificate, weights, optimizer, verify == "digests"
+        path, step, model, adapter, state, certificate, weights, optimizer, verify == "digests"
     )
 
 
-def check_parameters(source: Weights | TensorFile, model: ModelConfig) -> None:
-    """Raise IntegrityError unless the names and shapes are exactly the model's name table."""
-    expected = dict(_expected(model))
+def check_parameters(
+    source: Weights | TensorFile, model: ModelConfig, adapter: AdapterOptions | None = None
+) -> None:
+    """Raise IntegrityError unless the names and shapes are exactly the name table of the model, or
+    of this adapter of it."""
+    expected = dict(_expected(model, adapter))
     place = source.folder if isinstance(source, Weights) else source.path
     for name in source.names():
         if name not in expected:
@@ -288,8 +316,10 @@ def step_name(step: int) -> str:
     return f"step-{step:08d}"
 
 
-def _expected(model: ModelConfig) -> set[tuple[str, tuple[int, ...]]]:
-    return {(spec.name, spec.shape) for spec in parameter_table(model)}
+def _expected(
+    model: ModelConfig, adapter: AdapterOptions | None
+) -> set[tuple[str, tuple[int, ...]]]:
+    return {(spec.name, spec.shape) for spec in trained_table(model, adapter)}
 
 
 def _finite(
@@ -338,9 +368,7 @@ def _prove(
 
 
 def _parse(kind: type[_Model], content: bytes, path: Path) -> _Model:
-    table = parse_json(content, path)
-    if not isinstance(table, dict):
-        raise refused(path, "the JSON text", "is no table")
+    table = _table(content, path)
     refuse_newer(table, path)
     try:
         return kind.model_validate(table)
@@ -349,9 +377,23 @@ def _parse(kind: type[_Model], content: bytes, path: Path) -> _Model:
         raise refused(path, ".".join(map(str, first["loc"])), first["msg"]) from error
 
 
-def _parse_model(content: bytes, path: Path) -> ModelConfig:
-    table: Any = parse_json(content, path)
+def _parse_model(
+    content: Mapping[str, bytes], path: Path
+) -> tuple[ModelConfig, TrainedAdapter | None]:
+    """The model of `config.json`, or of `base.json` with the adapter beside it."""
+    name = BASE if BASE in content else "config.json"
     try:
-        return ModelConfig.from_hf(table)
+        if name != BASE:
+            return ModelConfig.from_hf(_table(content[name], path / name)), None
+        base = _parse(BaseRecord, content[BASE], path / BASE)
+        peft = _table(content[ADAPTER_CONFIG], path / ADAPTER_CONFIG)
+        return base.model, TrainedAdapter.read(peft, base)
     except (ConfigError, KeyError, TypeError, ValueError, AttributeError) as error:
-        raise refused(path, "the model", str(error)) from error
+        raise refused(path / name, "the model", str(error)) from error
+
+
+def _table(content: bytes, path: Path) -> dict[str, Any]:
+    table = parse_json(content, path)
+    if not isinstance(table, dict):
+        raise refused(path, "the JSON text", "is no table")
+    return table

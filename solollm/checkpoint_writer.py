@@ -10,12 +10,13 @@ from collections.abc import Collection, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from solollm import durable
 from solollm.architecture import ModelConfig
 from solollm.backend import Snapshot
 from solollm.checkpoint import TrainerState, prune, save_checkpoint
+from solollm.frozen_base import TrainedAdapter
 from solollm.tensorheader import spec_bytes
 
 _HEADROOM = 1.1  # what a save itself asks for
@@ -33,11 +34,14 @@ class SavedCheckpoint(NamedTuple):
 
 @dataclass(frozen=True)
 class CheckpointContents:
-    """What every checkpoint of a run holds besides tensors and state."""
+    """What every checkpoint of a run holds besides tensors and state. `generation`: what ends an
+    answer and the like, where that is more than the token ids say."""
 
     model: ModelConfig
     tokenizer_files: Mapping[str, bytes]
     token_ids: Mapping[str, int]
+    generation: Mapping[str, Any] | None = None
+    adapter: TrainedAdapter | None = None
 
 
 class CheckpointWriter:
@@ -92,6 +96,8 @@ class CheckpointWriter:
                 state=state,
                 tokenizer_files=self._contents.tokenizer_files,
                 token_ids=self._contents.token_ids,
+                generation=self._contents.generation,
+                adapter=self._contents.adapter,
             )
         finally:
             snapshot.close()

@@ -14,6 +14,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from solollm.adapters import MAX_RANK, TARGET_MODULES, TargetModule
 from solollm.architecture import ModelConfig
 from solollm.errors import ConfigError, nearest
 
@@ -91,6 +92,37 @@ class TrainTable(_Table):
     init_from: str = Field("", description="checkpoint whose weights to start from")
 
 
+class AdapterTable(_Table):
+    """LoRA beside every layer's chosen matrices; the methods `lora` and `qlora` train nothing else.
+    `alpha / rank` scales it, with `use_rslora` `alpha / sqrt(rank)`."""
+
+    rank: int = Field(16, ge=1, le=MAX_RANK)
+    alpha: float = Field(32.0, gt=0, allow_inf_nan=False)
+    use_rslora: bool = Field(False, description="the scale does not shrink with the rank")
+    target_modules: tuple[TargetModule, ...] = Field(TARGET_MODULES, min_length=1)
+
+
+class FinetuneTable(_Table):
+    """What `solollm finetune` trains and on what; the base is `train.init_from`."""
+
+    objective: Literal["sft", "dpo", "grpo"] = "sft"
+    method: Literal["full", "lora", "qlora"] = Field("lora", description="qlora: 4-bit base")
+    data: tuple[str, ...] = Field((), description="files, folders or hf://owner/name")
+    held_out: tuple[str, ...] = Field((), description="the same; empty: a share of data")
+    held_out_fraction: float = Field(0.05, ge=0, lt=1, description="by content; 0: none")
+    shape: Literal["auto", "messages", "prompt_completion", "alpaca", "sharegpt", "preference"] = (
+        Field("auto", description="how a row is laid out; auto: detected and shown")
+    )
+    template: str = Field("", description="chat template file; empty: the base's own")
+    system: str = Field("", description="system prompt of conversations that have none")
+    over_length: Literal["refuse", "drop", "cut_start", "cut_end"] = Field(
+        "refuse", description="samples longer than data.seq_len; refuse: at most 1% may be, dropped"
+    )
+    packing: bool = Field(True, description="several samples per row, attention apart")
+    epochs: float = Field(1.0, gt=0, description="where train.steps and train.tokens are open")
+    adapter: AdapterTable = AdapterTable()
+
+
 class CheckpointTable(_Table):
     """When to save, what to keep."""
 
@@ -118,8 +150,8 @@ class LogTable(_Table):
 
 
 class RunConfig(_Table):
-    """One run, whole. `backend` is auto or a backend's name; `backend_options[name]` is that
-    backend's own typed table."""
+    """One run, whole. `finetune` makes it one of `solollm finetune`; `backend` is auto or a
+    backend's name; `backend_options[name]` is that backend's own typed table."""
 
     model: ModelTable = ModelTable()
     data: DataTable = DataTable()
@@ -129,6 +161,7 @@ class RunConfig(_Table):
     checkpoint: CheckpointTable = CheckpointTable()
     eval: EvalTable = EvalTable()
     log: LogTable = LogTable()
+    finetune: FinetuneTable | None = None
     backend: str = "auto"
     backend_options: dict[str, dict[str, bool | int | float | str]] = {}
 

@@ -12,9 +12,10 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+from solollm.adapters import AdapterOptions
 from solollm.architecture import ModelConfig
 from solollm.backend import Backend, Batch, Plan, SessionOptions
-from solollm.config import ModelTable, RunConfig
+from solollm.config import FinetuneTable, ModelTable, RunConfig
 from solollm.dial import from_depth, horizon, preset
 from solollm.errors import ConfigError, PlanError
 from solollm.planner import plan
@@ -205,11 +206,22 @@ def _fits(shape: Shape, config: RunConfig, backend: Backend) -> bool:
 
 def session_options(config: RunConfig, backend: Backend) -> SessionOptions:
     """How a session of this config trains on this backend."""
+    table = config.finetune
     return SessionOptions(
         optimizer=config.optimizer,
         seed=config.train.seed,
+        objective="lm" if table is None or table.objective == "sft" else table.objective,
+        adapter=None if table is None else adapter_options(table, seed=config.train.seed),
         backend_options=config.backend_options.get(backend.name, {}),
     )
+
+
+def adapter_options(table: FinetuneTable, *, seed: int) -> AdapterOptions | None:
+    """The adapter that a fine-tuning trains; None where it trains everything."""
+    if table.method == "full":
+        return None
+    bits = 4 if table.method == "qlora" else None
+    return AdapterOptions(**table.adapter.model_dump(), base_bits=bits, seed=seed)
 
 
 def updated(config: RunConfig, table: str, /, **values: Any) -> RunConfig:

@@ -21,12 +21,13 @@ ROOT = Path(__file__).resolve().parent.parent
 
 LAYERS = (
     "errors",
-    "architecture config dial durable strictfile confined hardware devices state_bytes optim_codec"
-    " affine_codec signals",
+    "architecture adapters config dial durable strictfile confined hardware devices state_bytes"
+    " optim_codec affine_codec signals",
     "tensorheader tensorfile backend rounding sampling engine_input tokenizer_format tokenizer"
     " fast_encoding tokenizer_training chat_template",
-    "data schedule manifest certificate checkpoint checkpoint_writer model_folder runlock runs"
-    " run_log bundle archive planner registry forecast calibration generation tokenizer_inspection",
+    "data schedule manifest certificate frozen_base checkpoint checkpoint_writer model_folder"
+    " runlock runs run_log bundle archive planner registry forecast calibration generation"
+    " tokenizer_inspection",
     "evaluation report held_out continuation completion dialogue",
     "trainer",
     "pretraining environments horizon starting_weights run_streams",
@@ -42,6 +43,7 @@ BACKEND_MAY_IMPORT = frozenset(
         "backend",
         "config",
         "architecture",
+        "adapters",
         "optim_codec",
         "state_bytes",
         "errors",

@@ -17,7 +17,7 @@ from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
 from solollm.architecture import ModelConfig
-from solollm.config import RunConfig
+from solollm.config import AdapterTable, RunConfig
 
 TARGET = Path(__file__).resolve().parent.parent / "docs" / "reference" / "config.md"
 _HEAD = """# Settings
@@ -36,18 +36,26 @@ def reference() -> str:
     """The document."""
     parts = [_HEAD, _top_level()]
     for name, field in RunConfig.model_fields.items():
-        table = field.annotation
-        if inspect.isclass(table) and issubclass(table, BaseModel):
+        if table := _table_of(field):
             parts.append(_section(name, table))
+    parts.append(_section("finetune.adapter", AdapterTable))
     parts.append(_section("model.config", ModelConfig))
     return "\n".join(parts)
+
+
+def _table_of(field: FieldInfo) -> type[BaseModel] | None:
+    """The table that a field is, also one that may be left out; None for a plain value."""
+    for kind in (field.annotation, *get_args(field.annotation)):
+        if inspect.isclass(kind) and issubclass(kind, BaseModel):
+            return kind
+    return None
 
 
 def _top_level() -> str:
     rows = [
         _row(name, field)
         for name, field in RunConfig.model_fields.items()
-        if not (inspect.isclass(field.annotation) and issubclass(field.annotation, BaseModel))
+        if _table_of(field) is None
     ]
     about = inspect.getdoc(RunConfig) or ""
     return "\n".join(["## Top level", "", _one_line(about), "", _TABLE_HEAD, *rows, ""])
@@ -94,6 +102,8 @@ def _type_text(annotation: Any) -> str:
 def _default_text(value: Any) -> str:
     if value is None or value in ("", {}):
         return ""
+    if isinstance(value, BaseModel):
+        return "its own"
     return f"`{json.dumps(list(value) if isinstance(value, tuple) else value)}`"
 
 

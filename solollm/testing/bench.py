@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
+from solollm.adapters import AdapterOptions
 from solollm.architecture import ModelConfig, parameter_table
 from solollm.backend import (
     IGNORED,
@@ -51,16 +52,19 @@ class State:
 
 @dataclass(frozen=True)
 class Bench:
-    """One backend with one model and one optimizer."""
+    """One backend with one model and one optimizer. With an `adapter` every session is one of it,
+    over the base of `lively_parameters`."""
 
     backend: Backend
     model: ModelConfig
     table: OptimizerTable
     backend_options: Mapping[str, bool | int | float | str]
+    adapter: AdapterOptions | None = None
 
     def __str__(self) -> str:
         head = "tied" if self.model.tie_word_embeddings else "untied"
-        return f"{head}-{self.table.name}-{self.table.state_bits}bit"
+        method = f"{self.adapter.method}-" if self.adapter else ""
+        return f"{method}{head}-{self.table.name}-{self.table.state_bits}bit"
 
     def session(
         self,
@@ -74,13 +78,17 @@ class Bench:
         options = SessionOptions(
             optimizer=table or self.table,
             seed=seed,
+            adapter=self.adapter and self.adapter.model_copy(update={"seed": seed}),
             backend_options={**self.backend_options, **(settings or {})},
         )
         plan = Plan(
             micro_batch_size=micro_batch_size, activation_checkpointing=False,
             compute_dtype="float32", seq_len=POSITIONS, batch_size=ROWS,
         )  # fmt: skip
-        return self.backend.train_session(self.model, options, plan)
+        session = self.backend.train_session(self.model, options, plan)
+        if self.adapter is not None:
+            session.import_base(DictSource(lively_parameters(self.model)))
+        return session
 
     def lively_session(self, *, micro_batch_size: int = 4) -> TrainSession:
         """A session whose every matrix matters: initial output projections are zero, so that a

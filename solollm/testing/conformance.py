@@ -11,7 +11,8 @@ A case is one check of one variant: tied and untied heads, every optimizer and s
 `capabilities` names. Its check's docstring says which bug it guards. A failed case raises
 AssertionError with the values. Nothing here needs pytest or a framework; a whole run takes seconds
 on a CPU. The checks themselves are in `conformance_training` (loss, gradients, updates),
-`conformance_state` (what crosses and comes back) and `conformance_engine` (generation).
+`conformance_state` (what crosses and comes back), `conformance_engine` (generation) and
+`conformance_adapters` (a frozen base with an adapter, where `capabilities` names it).
 """
 
 from __future__ import annotations
@@ -19,10 +20,16 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
+from solollm.adapters import AdapterOptions
 from solollm.architecture import ModelConfig
 from solollm.backend import Backend
 from solollm.config import OptimizerTable
-from solollm.testing import conformance_engine, conformance_state, conformance_training
+from solollm.testing import (
+    conformance_adapters,
+    conformance_engine,
+    conformance_state,
+    conformance_training,
+)
 from solollm.testing.bench import TIED, UNTIED, Bench
 
 Check = Callable[[Bench], None]
@@ -49,7 +56,7 @@ def cases(
     """Every case of a backend. `backend_options` go into each session (such as `compile`).
 
     What concerns the model is checked with both heads, what concerns optimizer state with every
-    optimizer.
+    optimizer, and adapters with every kind of base.
     """
     capabilities = backend.capabilities()
     variants = [(n, b) for n in capabilities.optimizers for b in capabilities.state_bits]
@@ -68,4 +75,10 @@ def cases(
     for index, variant in enumerate(variants):
         model = (UNTIED, TIED)[index % 2]
         result += [Case(check, bench(model, variant)) for check in of_state]
+    adamw = OptimizerTable(name="adamw")
+    for kind in capabilities.adapters:
+        quantised = kind.startswith("qlora")
+        adapter = AdapterOptions(rank=4, alpha=8.0, base_bits=4 if quantised else None)
+        tuned = Bench(backend, TIED if quantised else UNTIED, adamw, options, adapter)
+        result += [Case(check, tuned) for check in conformance_adapters.CHECKS]
     return result

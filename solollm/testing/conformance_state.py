@@ -144,7 +144,8 @@ def wrong_parameters_are_named(bench: Bench) -> None:
     """A tensor silently left at its initial value, or read in another shape."""
     session = bench.session()
     tensors = dict(state_of(session).parameters)
-    _require_named(session.import_parameters, tensors, "model.layers.1.mlp.up_proj.weight")
+    name = "model.layers.1.mlp.up_proj.weight"
+    wrong_parameters_are_named_in(session.import_parameters, tensors, name)
 
 
 def wrong_optimizer_states_are_named(bench: Bench) -> None:
@@ -155,12 +156,14 @@ def wrong_optimizer_states_are_named(bench: Bench) -> None:
     def take(source: DictSource) -> None:
         session.import_optimizer(source, state.session_state)
 
-    _require_named(take, dict(state.optimizer), "exp_avg_sq.model.norm.weight")
+    wrong_parameters_are_named_in(take, dict(state.optimizer), "exp_avg_sq.model.norm.weight")
 
 
-def _require_named(
+def wrong_parameters_are_named_in(
     take: Callable[[DictSource], None], tensors: Mapping[str, HostTensor], name: str
 ) -> None:
+    """`take` refuses `tensors` without `name`, with one too many, and with `name` in another
+    shape, each by the name; then it takes them."""
     missing = {key: tensor for key, tensor in tensors.items() if key != name}
     extra = HostTensor.of(np.zeros(3, np.float32))
     faults = {

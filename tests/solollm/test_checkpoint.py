@@ -413,7 +413,7 @@ FORGERIES: dict[str, tuple[Callable[[Path], None], str]] = {
     "config of another model": (changed("config.json", num_hidden_layers=2), "is missing"),
     "config of no heads": (changed("config.json", num_attention_heads=0), "the model"),
     "config of 10 M layers": (changed("config.json", num_hidden_layers=10**7), "the model"),
-    "config is a list": (lambda at: forge(at, "config.json", b"[]\n"), "the model"),
+    "config is a list": (lambda at: forge(at, "config.json", b"[]\n"), "is no table"),
     "second weights file": (
         lambda at: rewrite(at / "model.safetensors", (at / "optimizer.safetensors").read_bytes()),
         "not one of this model",
