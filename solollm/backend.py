@@ -355,6 +355,9 @@ class TrainSession(ABC):
     @abstractmethod
     def memory(self) -> MemoryStats: ...
 
+    def release_cache(self) -> None:  # noqa: B027
+        """Give the system back what is held only to be fast: memory is short."""
+
     @abstractmethod
     def close(self) -> None: ...
 
@@ -505,6 +508,11 @@ class Backend(ABC):
     def ranks(self) -> Ranks:
         """This process among those that were started to train together; the same every time."""
         return Ranks()
+
+    def dtype_rates(self, seconds: float) -> Mapping[ComputeDType, float]:
+        """Operations per second in each compute dtype on this device, measured for about
+        `seconds`; empty where there is nothing to choose."""
+        return {}
 
     def peers(self) -> Sequence[str]:
         """Names of other installed training stacks that `peer` can bring to the same step."""

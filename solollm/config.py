@@ -149,6 +149,17 @@ class LogTable(_Table):
     sinks: tuple[Literal["tensorboard", "trackio", "wandb"], ...] = ()
 
 
+class MachineTable(_Table):
+    """What a run does about the machine it trains on; see solollm/watch.py."""
+
+    keep_awake: bool = Field(True, description="no sleep while training")
+    check_seconds: float = Field(30.0, ge=0, description="between looks; 0: never")
+    heat: Literal["throttle", "warn"] = Field("throttle", description="pause between steps if hot")
+    pressure: Literal["stop", "warn"] = Field("stop", description="save and stop if critical")
+    min_battery_percent: int = Field(20, ge=0, le=100, description="save and stop below it")
+    low_power: Literal["stop", "warn"] = Field("warn", description="in low-power mode")
+
+
 class RunConfig(_Table):
     """One run, whole. `finetune` makes it one of `solollm finetune`; `backend` is auto or a
     backend's name; `backend_options[name]` is that backend's own typed table."""
@@ -162,6 +173,7 @@ class RunConfig(_Table):
     eval: EvalTable = EvalTable()
     log: LogTable = LogTable()
     finetune: FinetuneTable | None = None
+    machine: MachineTable = MachineTable()
     backend: str = "auto"
     backend_options: dict[str, dict[str, bool | int | float | str]] = {}
 

@@ -10,19 +10,22 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, requires, version
 from pathlib import Path
 from typing import NamedTuple
 
-from solollm.backend import Backend, SessionOptions
+from solollm.backend import Backend, ComputeDType, SessionOptions
 from solollm.config import OptimizerTable, RunConfig
 from solollm.dial import PRESET_NAMES, horizon, preset
+from solollm.dtype_choice import remember
 from solollm.errors import PlanError, SoloLLMError
 from solollm.hardware import Machine, disk_free_bytes, read_machine
+from solollm.host import machine_advice, this_host
 from solollm.planner import format_bytes, plan
 from solollm.registry import find_backends, missing_backend_fix, select_backend
+from solollm.vitals import Vitals
 
 PROBE_SECONDS = 3.0
 VOCAB_SIZE = 32_768  # of the models in the table of what fits
@@ -78,16 +81,25 @@ class Speed(NamedTuple):
     library: str
 
 
+class DtypeTiming(NamedTuple):
+    """Units of 1e9 operations per second in each compute dtype, and the one that runs now take."""
+
+    gflops: Mapping[ComputeDType, float]
+    choice: ComputeDType
+
+
 @dataclass(frozen=True)
 class Diagnosis:
     """Everything `solollm doctor` shows. `chosen` is the reason of the backend that runs would
     use, empty if there is none; `advice` is what to change, the weightiest first."""
 
     machine: Machine
+    vitals: Vitals
     python: str
     backends: tuple[BackendState, ...]
     chosen: str
     speed: Speed | None
+    dtypes: DtypeTiming | None
     fits: tuple[Fit, ...]
     packages: tuple[Package, ...]
     disk_free_bytes: int
@@ -96,14 +108,16 @@ class Diagnosis:
 
 def examine(folder: Path | None = None, *, probe_seconds: float = PROBE_SECONDS) -> Diagnosis:
     """Look at this machine; `folder` is where runs would be written (default: here)."""
-    machine = read_machine()
+    machine, vitals = read_machine(), this_host().vitals()
     states = tuple(
         BackendState(c.name, c.probe.available, c.probe.device, c.probe.reason)
         for c in find_backends()
     )
     speed = measure_speed(probe_seconds) if probe_seconds > 0 else None
+    dtypes = None
     try:
         backend, chosen = select_backend()
+        dtypes = time_dtypes(backend, probe_seconds) if probe_seconds > 0 else None
         fits = tuple(_fits(backend, machine, speed))
         problem = ""
     except SoloLLMError as error:
@@ -111,14 +125,16 @@ def examine(folder: Path | None = None, *, probe_seconds: float = PROBE_SECONDS)
     disk = disk_free_bytes(folder or Path())
     return Diagnosis(
         machine=machine,
+        vitals=vitals,
         python=sys.version.split()[0],
         backends=states,
         chosen=chosen,
         speed=speed,
+        dtypes=dtypes,
         fits=fits,
         packages=tuple(_packages()),
         disk_free_bytes=disk,
-        advice=tuple(_advice(machine, states, disk, problem)),
+        advice=(*_advice(machine, states, disk, problem), *machine_advice(machine, vitals)),
     )
 
 
@@ -133,6 +149,35 @@ def measure_speed(seconds: float = PROBE_SECONDS) -> Speed | None:
     except (OSError, subprocess.SubprocessError, ValueError, IndexError):
         return None
     return Speed(float(gflops), str(device), str(dtype), str(library))
+
+
+def time_dtypes(backend: Backend, seconds: float = PROBE_SECONDS) -> DtypeTiming | None:
+    """Time the compute dtypes of a GPU in a child process, and keep the choice for the planner;
+    None where the backend has nothing to choose or the child fails."""
+    capabilities = backend.capabilities()
+    if capabilities.device.startswith("cpu"):
+        return None
+    command = [sys.executable, "-c", _DTYPE_SCRIPT, backend.name, str(seconds)]
+    try:
+        done = subprocess.run(
+            command, capture_output=True, text=True, timeout=120 + seconds, check=True
+        )
+        rates = json.loads(done.stdout.splitlines()[-1])
+    except (OSError, subprocess.SubprocessError, ValueError, IndexError):
+        return None
+    if not rates:
+        return None
+    return DtypeTiming(
+        {name: rate / 1e9 for name, rate in rates.items()}, remember(capabilities, rates)
+    )
+
+
+_DTYPE_SCRIPT = """
+import json, sys
+from solollm.registry import select_backend
+backend = select_backend(sys.argv[1]).backend
+print(json.dumps(dict(backend.dtype_rates(float(sys.argv[2])))))
+"""
 
 
 # With PyTorch on its best device; with NumPy where there is no PyTorch.

@@ -23,6 +23,7 @@ from solollm.backend import (
 )
 from solollm.config import RunConfig
 from solollm.dial import PRESET_NAMES, preset
+from solollm.dtype_choice import preferred_dtype
 from solollm.errors import ConfigError, PlanError
 from solollm.hardware import Machine, read_machine
 
@@ -186,7 +187,7 @@ def compute_dtype(config: RunConfig, capabilities: Capabilities) -> ComputeDType
     """The config's, or the one that this machine prefers. Raises ConfigError where it has none."""
     asked = config.train.compute_dtype
     if asked == "auto":
-        return capabilities.preferred_dtype
+        return preferred_dtype(capabilities)
     if asked not in capabilities.train_dtypes:
         raise ConfigError(
             f"train.compute_dtype {asked} cannot be trained in on {capabilities.device}",

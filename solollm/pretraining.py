@@ -8,8 +8,8 @@ weights to start from are vetted in `solollm.starting_weights`.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
-from contextlib import closing
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import closing, nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -22,6 +22,7 @@ from solollm.data.shards import read_index
 from solollm.data.stream import StepStream, require_fingerprint
 from solollm.environments import Recorded, environment_of, for_here, lineage_entry
 from solollm.errors import ConfigError, IntegrityError, SoloLLMError
+from solollm.faults import noting_faults
 from solollm.horizon import (
     Shape,
     deepest_shape,
@@ -33,15 +34,19 @@ from solollm.horizon import (
     settled,
     updated,
 )
+from solollm.host import this_host
 from solollm.registry import Selected, find_backends, select_backend
 from solollm.report.html import write_report
 from solollm.report.sinks import open_sinks
-from solollm.run_log import Row
+from solollm.run_log import Row, Sink
 from solollm.run_streams import RunStreams, open_split, open_streams
 from solollm.runs import Run
 from solollm.starting_weights import StartingWeights, read_starting_weights
 from solollm.tokenizer import Tokenizer
-from solollm.trainer import Progress, Sink, Trainer, TrainResult, Workload
+from solollm.trainer import Trainer
+from solollm.vitals import Host
+from solollm.watch import Watch
+from solollm.workload import Progress, TrainResult, Workload
 
 
 class Start(NamedTuple):
@@ -72,32 +77,36 @@ class Preparation:
 
 
 def pretrain(
-    config: RunConfig, run: Path, *, backend: str = "auto", sinks: Sequence[Sink] = ()
-) -> TrainResult:
-    """Train a new model into the folder `run`, which must not hold a run yet.
+    config: RunConfig, run: Path, *, backend: str = "auto", sinks: Sequence[Sink] = (),
+    host: Host | None = None,
+) -> TrainResult:  # fmt: skip
+    """Train a new model into the folder `run`, which must not hold a run yet. `host` is the machine
+    to look after; None: this one.
 
     Raises:
         ConfigError, DataError, BackendError, PlanError: before anything is written.
-        StoppedBySignal, StorageError, SoloLLMError: as `Trainer.fit`.
+        Stopped, StorageError, SoloLLMError: as `Trainer.fit`.
     """
     prepared = prepare(config, backend=backend)
     sinks = [*sinks, *open_sinks(config.log.sinks, run)]
     created = Run.create(run, with_paths_from(prepared.config, run))
-    with created.lock():
-        return _train(created, prepared, None, sinks=sinks)
+    with created.lock(), noting_faults(created):
+        return _train(created, prepared, None, sinks=sinks, host=host)
 
 
 def resume(
-    run: Path, *, backend: str = "auto", sinks: Sequence[Sink] = (), corpus: Path | None = None
-) -> TrainResult:
+    run: Path, *, backend: str = "auto", sinks: Sequence[Sink] = (), corpus: Path | None = None,
+    memory: Mapping[str, int | bool] | None = None, host: Host | None = None,
+) -> TrainResult:  # fmt: skip
     """Go on from the newest intact checkpoint of `run`, or from the start if it has none yet.
 
     On the machine and backend that wrote the checkpoint the continuation is bitwise: micro-batch,
     dtype, threads and compile setting are kept; elsewhere they are planned anew for the same global
     batch. Either way what comes next is first compared with what the checkpoint's certificate
     promises, where it does (`solollm.continuation`). `corpus` says where the corpus lies now; it
-    must be the same one. A finished run is left alone: `start_step` of the result is then its last
-    step.
+    must be the same one; `memory` sets `micro_batch_size` or `activation_checkpointing` anew, for a
+    step that has become too large here. A finished run is left alone: `start_step` of the result is
+    then its last step.
 
     Raises:
         IntegrityError: no checkpoint is intact, another corpus, or what comes next is not what
@@ -106,7 +115,7 @@ def resume(
         ConfigError, BackendError, PlanError, and as `Trainer.fit`.
     """
     opened = Run.open(run)
-    with opened.lock():
+    with opened.lock(), noting_faults(opened):
         checkpoint, damaged = latest_checkpoint(opened.checkpoints)
         if checkpoint is None and damaged:
             raise IntegrityError(
@@ -120,19 +129,21 @@ def resume(
         if checkpoint is not None and checkpoint.step >= (config.train.steps or 0):
             return _finished(opened, checkpoint)
         recorded = Recorded.of(opened, checkpoint) if checkpoint else None
-        prepared = prepare(config, backend=backend, recorded=recorded)
+        prepared = prepare(config, backend=backend, recorded=recorded, memory=memory)
         sinks = [*sinks, *open_sinks(config.log.sinks, run)]
         notes = [{"kind": "checkpoint_damaged", "reason": problem} for problem in damaged]
         start = Start(checkpoint, recorded) if checkpoint and recorded else None
-        return _train(opened, prepared, start, sinks=sinks, notes=notes)
+        return _train(opened, prepared, start, sinks=sinks, notes=notes, host=host)
 
 
 def prepare(
-    config: RunConfig, *, backend: str = "auto", recorded: Recorded | None = None
-) -> Preparation:
+    config: RunConfig, *, backend: str = "auto", recorded: Recorded | None = None,
+    memory: Mapping[str, int | bool] | None = None,
+) -> Preparation:  # fmt: skip
     """Choose the backend, fill in what the config leaves open, and plan; writes nothing.
 
-    `recorded` is what the run trained in so far: on the same machine and backend it is kept.
+    `recorded` is what the run trained in so far: on the same machine and backend it is kept, but
+    for what `memory` sets anew.
     """
     if not config.data.corpus:
         raise ConfigError(
@@ -145,6 +156,8 @@ def prepare(
     chosen = selected.backend
     if recorded is not None:
         config = for_here(config, recorded, chosen)
+    if memory:
+        config = updated(config, "train", **memory)
     weights = None
     if config.train.init_from and recorded is None:  # a resumed run has weights of its own
         weights = read_starting_weights(Path(config.train.init_from), tokenizer)
@@ -173,6 +186,7 @@ def _train(
     *,
     sinks: Sequence[Sink],
     notes: Sequence[Row] = (),
+    host: Host | None = None,
 ) -> TrainResult:
     """Train from `start`, or from nothing. The caller holds the lock."""
     config, shape = prepared.config, prepared.shape
@@ -187,6 +201,7 @@ def _train(
         run.rewind_metrics(progress.step)
         run.write_plan(asdict(prepared.plan))
         run.record_lineage(progress.step, lineage_entry(environment))
+        host = host or this_host()
         work = Workload(
             session=session,
             stream=streams.train,
@@ -198,9 +213,13 @@ def _train(
             facts=_facts(prepared, streams),
             notes=[*notes, *resumed],
             rehearsed=any(row["kind"] == "continuation_proven" for row in resumed),
+            watch=Watch(host, config.machine),
         )
         try:
-            return Trainer(work, run, progress=progress, sinks=sinks).fit()
+            with host.keep_awake() if config.machine.keep_awake else nullcontext(True) as agreed:
+                if not agreed:
+                    run.append_event("keep_awake", held=False)
+                return Trainer(work, run, progress=progress, sinks=sinks).fit()
         finally:
             _report(run)
 

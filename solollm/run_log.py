@@ -11,7 +11,9 @@ is not finite is null:
 
 The events of `events.jsonl`: step_skipped, checkpoint_saved, checkpoint_damaged,
 checkpoint_not_deleted, resumed, stopped, environment_changed, sink_failed, report_failed;
-continuation_proven, continuation_refused, continuation_missing (see `solollm.continuation`).
+continuation_proven, continuation_refused, continuation_missing (see `solollm.continuation`);
+keep_awake, memory_pressure, heat, power (`solollm.watch`); fault (`solollm.faults`); restarted,
+given_up (`solollm.supervisor`).
 """
 
 from __future__ import annotations

@@ -12,72 +12,32 @@ import signal
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from solollm.architecture import ModelConfig
-from solollm.backend import PendingMetrics, StepMetrics, TrainSession
-from solollm.checkpoint import DataPosition, Environment, TrainerState
+from solollm.backend import PendingMetrics, StepMetrics
+from solollm.checkpoint import DataPosition, TrainerState
 from solollm.checkpoint_writer import CheckpointContents, CheckpointWriter
 from solollm.continuation import dry_run, promise
-from solollm.data.stream import BatchStream, Prefetch, StepStream
-from solollm.errors import SoloLLMError, StoppedBySignal
+from solollm.data.stream import Prefetch
+from solollm.errors import SoloLLMError, Stopped, StoppedBySignal
 from solollm.held_out import HeldOut, bits_per_byte, held_out_loss, samples
-from solollm.run_log import Row, RunLog, Sink, finite
+from solollm.run_log import RunLog, Sink, finite
 from solollm.runs import Run
 from solollm.schedule import lr_at
 from solollm.signals import StopRequest
-from solollm.tokenizer import Tokenizer
+from solollm.watch import StopCause
+from solollm.workload import Progress, TrainResult, Workload
 
-__all__ = ["Progress", "Sink", "TrainResult", "Trainer", "Workload"]
+__all__ = ["Trainer"]
 
 MAX_CONSECUTIVE_SKIPS = 10
-
-
-@dataclass
-class Progress:
-    """Where a run stands: what a checkpoint stores of the loop, and a resumed loop starts from."""
-
-    step: int = 0
-    tokens_seen: int = 0
-    best_loss: float | None = None
-    best_step: int | None = None
-    elapsed_seconds: float = 0.0
-
-
-@dataclass(frozen=True)
-class Workload:
-    """What a trainer works on. `environment`, what a bitwise resume depends on, is stored in every
-    checkpoint; `facts` are told to sinks at the start, then `notes`, as events. A session that is
-    `rehearsed` needs no dry run."""
-
-    session: TrainSession
-    stream: StepStream
-    model: ModelConfig
-    tokenizer: Tokenizer
-    environment: Environment
-    bytes_per_target: float | None = None  # of the training text; None: no bits per byte
-    validation: BatchStream | None = None
-    facts: Row = field(default_factory=dict)
-    notes: Sequence[Row] = ()
-    rehearsed: bool = False
-
-
-@dataclass(frozen=True)
-class TrainResult:
-    """How a run ended. Losses in nats per token; None where nothing was measured."""
-
-    run: Path
-    checkpoint: Path
-    start_step: int
-    step: int
-    tokens_seen: int
-    loss: float | None
-    validation_loss: float | None
-    bits_per_byte: float | None
-    best_step: int | None
-    elapsed_seconds: float
+STOP_FIXES: Mapping[StopCause, str] = {
+    "memory_pressure": "close other programs or give a smaller --micro-batch-size",
+    "battery": "plug the machine in",
+    "low_power": "turn low-power mode off",
+}
 
 
 @dataclass
@@ -146,6 +106,7 @@ class Trainer:
 
         Raises:
             StoppedBySignal: SIGINT or SIGTERM came; the run is saved.
+            Stopped: the machine cannot go on (memory pressure, battery); the run is saved.
             StorageError: a save failed; the checkpoints before it are untouched.
             SoloLLMError: ten steps in a row were not finite.
         """
@@ -162,6 +123,9 @@ class Trainer:
                     if self._save_due():
                         self._save(rank=True)
                     self._note_finished_save()
+                    if cause := self._heed_the_machine():
+                        status = "stopped"
+                        self._stop_for(cause)
                     if stop.signal_number is not None and self._progress.step < self._total_steps:
                         status = "stopped"
                         self._stop(stop.signal_number)
@@ -334,7 +298,41 @@ class Trainer:
             for reason in saved.undeleted:
                 self._log.event("checkpoint_not_deleted", reason=reason)
 
+    def _heed_the_machine(self) -> StopCause | None:
+        """Do what its watch asks for: write down, let caches go, pause. Gives a cause to stop."""
+        watch = self._work.watch
+        if watch is None or self._progress.step == self._total_steps:
+            return None
+        heed = watch.after_step()
+        for row in heed.events:
+            self._log.event(**{**row, "step": self._progress.step})
+        if heed.release_cache:
+            self._session.release_cache()
+        if heed.pause_seconds:
+            watch.pause(heed.pause_seconds)
+        return heed.stop or None
+
+    def _stop_for(self, cause: StopCause) -> None:
+        self._save_for_a_stop()
+        self._log.event("stopped", step=self._progress.step, cause=cause)
+        raise Stopped(
+            f"stopped for {cause.replace('_', ' ')} after step {self._progress.step} of"
+            f" {self._total_steps}; saved",
+            fix=f"{STOP_FIXES[cause]}, then `solollm resume {self._run.path}` goes on",
+        )
+
     def _stop(self, signal_number: int) -> None:
+        self._save_for_a_stop()
+        name = signal.Signals(signal_number).name
+        self._log.event("stopped", step=self._progress.step, signal=name)
+        raise StoppedBySignal(
+            f"stopped by {name} after step {self._progress.step} of {self._total_steps}; saved",
+            signal_number=signal_number,
+            fix=f"`solollm resume {self._run.path}` goes on",
+        )
+
+    def _save_for_a_stop(self) -> None:
+        """Save this step, then add to the checkpoint what comes next."""
         self._resolve()
         if self._saved_step != self._progress.step:
             self._save(rank=False)
@@ -343,13 +341,6 @@ class Trainer:
         work, step = self._work, self._progress.step
         if problem := promise(self._checkpoint, work.session, work.stream, step):
             self._log.event("continuation_missing", reason=problem)
-        name = signal.Signals(signal_number).name
-        self._log.event("stopped", step=self._progress.step, signal=name)
-        raise StoppedBySignal(
-            f"stopped by {name} after step {self._progress.step} of {self._total_steps}; saved",
-            signal_number=signal_number,
-            fix=f"`solollm resume {self._run.path}` goes on",
-        )
 
     def _state(self, session_state: Mapping[str, int | float]) -> TrainerState:
         progress = self._progress

@@ -22,14 +22,14 @@ ROOT = Path(__file__).resolve().parent.parent
 LAYERS = (
     "errors",
     "architecture adapters config dial durable strictfile confined hardware devices state_bytes"
-    " optim_codec affine_codec signals",
+    " optim_codec affine_codec signals vitals macos linux_machine host",
     "tensorheader tensorfile backend rounding sampling engine_input tokenizer_format tokenizer"
     " fast_encoding tokenizer_training chat_template",
     "data schedule manifest certificate frozen_base checkpoint checkpoint_writer model_folder"
     " runlock runs run_log bundle archive planner registry forecast calibration generation"
-    " tokenizer_inspection",
+    " tokenizer_inspection watch faults dtype_choice",
     "evaluation report held_out continuation completion dialogue",
-    "trainer",
+    "workload trainer",
     "pretraining environments horizon starting_weights run_streams",
     "export importing cargo packing far_side pushing testing resume_proof migration_proof"
     " quickstart doctor benchmark",

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import platform
 import sys
+from collections.abc import Mapping
 from dataclasses import replace
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
@@ -29,6 +31,9 @@ if TYPE_CHECKING:
     from solollm_mlx.session import MlxSession
 
 APPLE_GPU_PRIORITY, CPU_PRIORITY = 100, 5
+# macOS ends a long step because the display waits for the GPU (mlx #3267, wontfix); this makes it
+# wait. Metal reads it when a process first uses the GPU; who has set it keeps his value.
+WATCHDOG_VARIABLE = "AGX_RELAX_CDM_CTXSTORE_TIMEOUT"
 TESTED = ("0.32.4", "0.33")  # from here, to below here
 
 
@@ -36,6 +41,10 @@ class MlxBackend(Backend):
     """MLX on an Apple GPU; on a Linux CPU it is slow and meant for tests and for moving runs."""
 
     name = "mlx"
+
+    def __init__(self) -> None:
+        if "mlx.core" not in sys.modules and sys.platform == "darwin":
+            os.environ.setdefault(WATCHDOG_VARIABLE, "1")
 
     @classmethod
     def probe(cls) -> Probe:
@@ -76,15 +85,24 @@ class MlxBackend(Backend):
     def train_session(self, model: ModelConfig, options: SessionOptions, plan: Plan) -> MlxSession:
         import mlx.core as mx
 
+        from solollm_mlx.limits import bind_memory, device_limits, require_buffers
         from solollm_mlx.session import MlxSession
 
         _check_version()
+        if limits := device_limits():
+            require_buffers(model, plan, limits)
+            bind_memory(limits, plan)
         return MlxSession(model, options, plan, mx.distributed.init())
 
     def ranks(self) -> Ranks:
         from solollm_mlx.ranks import MlxRanks
 
         return MlxRanks()
+
+    def dtype_rates(self, seconds: float) -> Mapping[ComputeDType, float]:
+        from solollm_mlx.timing import matmul_rates
+
+        return matmul_rates(self.capabilities().train_dtypes, seconds) if _on_gpu() else {}
 
     def engine(self, checkpoint: Path, options: EngineOptions) -> Engine:
         from solollm_mlx.engine import MlxEngine

@@ -268,6 +268,9 @@ class MlxSession(TrainSession):
             counters["scale_steps"] = mx.array(0, mx.int32)
         return counters
 
+    def release_cache(self) -> None:
+        mx.clear_cache()
+
     def memory(self) -> MemoryStats:
         return MemoryStats(mx.get_active_memory(), mx.get_peak_memory())
 

@@ -62,6 +62,7 @@ def _as_json(found: Diagnosis) -> dict[str, object]:
     values = asdict(found)
     for name in ("backends", "fits", "packages"):
         values[name] = [entry._asdict() for entry in getattr(found, name)]
+    values["dtypes"] = found.dtypes._asdict() if found.dtypes else None
     values["speed"] = found.speed._asdict() if found.speed else None
     values["machine"]["gpus"] = [gpu._asdict() for gpu in found.machine.gpus]
     return values
@@ -87,13 +88,27 @@ def _machine(found: Diagnosis) -> Table:
         rows.add_row("graphics", f"{gpu.name}, {free}")
     if not machine.gpus:
         rows.add_row("graphics", "no card for computing found")
+    rows.add_row("right now", _vitals(found))
     rows.add_row("disk here", f"{format_bytes(found.disk_free_bytes)} free")
     rows.add_row("C++ compiler", machine.compiler or "none")
     if found.speed is not None:
         speed = found.speed
         what = f"{speed.gflops:,.0f} GFLOP/s {speed.dtype} on {speed.device} ({speed.library})"
         rows.add_row("speed", what)
+    if found.dtypes is not None:
+        rates = ", ".join(f"{name} {rate:,.0f}" for name, rate in found.dtypes.gflops.items())
+        rows.add_row("precision", f"{rates} GFLOP/s: runs train in {found.dtypes.choice}")
     return rows
+
+
+def _vitals(found: Diagnosis) -> str:
+    vitals = found.vitals
+    power = "on battery" if vitals.on_battery else "on mains power"
+    if vitals.battery_percent is not None:
+        power += f" ({vitals.battery_percent}%)"
+    if vitals.low_power_mode:
+        power += ", low-power mode"
+    return f"memory pressure {vitals.pressure}, heat {vitals.heat}, {power}"
 
 
 def _backends(found: Diagnosis) -> Table:

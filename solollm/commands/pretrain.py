@@ -13,7 +13,7 @@ from solollm.commands import console, print_json
 if TYPE_CHECKING:
     from solollm.pretraining import Preparation
     from solollm.run_log import Sink
-    from solollm.trainer import TrainResult
+    from solollm.workload import TrainResult
 
 _EPILOG = """\b
 Examples:

@@ -8,7 +8,7 @@ import math
 import os
 import signal
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -33,11 +33,15 @@ from solollm.backend import (
 from solollm.checkpoint import Environment, latest_checkpoint, open_checkpoint
 from solollm.config import RunConfig, parse_config
 from solollm.data.stream import batch_digest, open_stream
-from solollm.errors import BackendError, SoloLLMError, StoppedBySignal, StorageError
+from solollm.errors import BackendError, SoloLLMError, Stopped, StoppedBySignal, StorageError
 from solollm.run_log import Row
 from solollm.runs import Run
+from solollm.testing.hosts import ScriptedHost
 from solollm.tokenizer import Tokenizer
-from solollm.trainer import MAX_CONSECUTIVE_SKIPS, Progress, Trainer, TrainResult, Workload
+from solollm.trainer import MAX_CONSECUTIVE_SKIPS, Trainer
+from solollm.vitals import Vitals
+from solollm.watch import Watch
+from solollm.workload import Progress, TrainResult, Workload
 
 SEQ_LEN, ROWS = 64, 4
 
@@ -81,6 +85,7 @@ class FakeSession(TrainSession):
     launched: int = 0
     seen: list[tuple[str, float]] = field(default_factory=list)
     probe_loss: float = 4.0
+    released: int = 0
 
     def __post_init__(self) -> None:
         self.weights = {name: array.copy() for name, array in initial_parameters(self.model, 0)}
@@ -123,6 +128,9 @@ class FakeSession(TrainSession):
 
     def memory(self) -> MemoryStats:
         return MemoryStats(1, 2)
+
+    def release_cache(self) -> None:
+        self.released += 1
 
     def close(self) -> None: ...
 
@@ -178,6 +186,7 @@ class Bench:
     session: FakeSession
     work: Workload
     sink: Recorder
+    pauses: list[float] = field(default_factory=list)
 
     def trainer(self, **options: Any) -> Trainer:
         return Trainer(self.work, self.run, sinks=[self.sink], **options)
@@ -387,6 +396,48 @@ def test_a_signal_finishes_the_step_saves_and_stops(bench, number, code) -> None
     assert made.saved_steps() == [4]
     assert made.sink.rows("finish")[-1]["status"] == "stopped"
     assert signal.getsignal(number) != signal.SIG_IGN
+
+
+@pytest.fixture
+def watched(bench) -> Callable[..., Bench]:
+    """A bench whose machine is looked at after every step, as scripted."""
+
+    def make(*script: Vitals, **settings: Any) -> Bench:
+        made: Bench = bench(steps=6, machine={"check_seconds": 1e-9, **settings})
+        watch = Watch(ScriptedHost(script), made.run.config.machine, sleep=made.pauses.append)
+        made.work = replace(made.work, watch=watch)
+        return made
+
+    return make
+
+
+def test_a_machine_short_of_memory_stops_the_run_after_a_save(watched) -> None:
+    """Guards against a run that goes on until the system kills it, and one that loses its steps."""
+    made = watched(Vitals(), Vitals("warning"), Vitals("critical"))
+    with pytest.raises(Stopped, match="memory pressure after step 3 of 6") as caught:
+        made.fit()
+    assert caught.value.exit_code == 75
+    assert made.saved_steps() == [3]
+    assert made.session.released == 2
+    assert [e["level"] for e in made.events("memory_pressure")] == ["warning", "critical"]
+    assert made.events("stopped")[0]["cause"] == "memory_pressure"
+    assert made.sink.rows("finish")[-1]["status"] == "stopped"
+
+
+def test_a_hot_machine_gets_pauses_and_the_same_training(watched, bench) -> None:
+    """Guards against heat that is noticed and not heeded, or that changes what is trained."""
+    made = watched(Vitals(heat="critical"))
+    result = made.fit()
+    assert result.step == 6
+    assert len(made.pauses) == 5
+    assert min(made.pauses) > 0
+    assert made.events("heat")[0]["step"] == 1
+
+
+def test_the_last_step_is_not_stopped_for(watched) -> None:
+    """Guards against a finished run that is reported as stopped."""
+    made = watched(*[Vitals()] * 5, Vitals("critical"))
+    assert made.fit().step == 6
 
 
 def test_a_signal_in_the_last_step_finishes_the_run(bench) -> None:
