@@ -124,12 +124,17 @@ class Batch:
 
 
 class StepMetrics(NamedTuple):
-    """loss in nats per token; grad_norm before clipping; targets; skipped: a non-finite step."""
+    """loss in nats per token; grad_norm before clipping; targets; skipped: a non-finite step.
+
+    partial: a lagged update (`clip = "lagged"`) had already changed some of the weights when the
+    step turned out not to be finite. The state is between two steps: go back to a checkpoint.
+    """
 
     loss: float
     grad_norm: float
     tokens: int
     skipped: bool
+    partial: bool = False
 
 
 class PendingMetrics(ABC):

@@ -63,7 +63,9 @@ class OptimizerTable(_Table):
     momentum: float = Field(0.95, ge=0, lt=1, description="Muon's, after its warm-up")
     momentum_start: float = Field(0.85, ge=0, lt=1, description="Muon's at step 0")
     momentum_warmup_steps: int = Field(200, ge=0)
-    state_bits: Literal[8, 32] = Field(32, description="8: block-wise codes, see optim_codec")
+    state_bits: Literal[8, 16, 32] = Field(
+        32, description="8: block-wise codes; 16: bf16 rounded stochastically; see optim_codec"
+    )
     clip_norm: float = Field(1.0, ge=0, description="global gradient norm; 0: no clipping")
     clip: Literal["exact", "lagged"] = Field("exact", description="lagged: the norm of last step")
 

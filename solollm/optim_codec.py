@@ -1,6 +1,7 @@
-"""The one 8-bit optimizer-state codec and the one counter-based random-bit function.
+"""The one 8-bit optimizer-state codec, the one counter-based random-bit function, and the rounding
+made of it.
 
-Both are plain NumPy and both are references: a backend computes the same in its framework, and its
+All are plain NumPy and all are references: a backend computes the same in its framework, and its
 codes and bits must be equal to these bit for bit, so that a checkpoint means the same everywhere.
 On disk a quantised state is `<state>.<name>`, U8 codes in the parameter's own shape, and
 `<state>.<name>.absmax`, F32 [num_blocks].
@@ -20,6 +21,7 @@ BLOCK_SIZE = 256
 MIN_QUANTIZED_SIZE = 4096
 
 State = Literal["exp_avg", "exp_avg_sq", "momentum_buffer"]
+StateDType = Literal["F32", "BF16", "U8"]
 
 
 class Codebook(NamedTuple):
@@ -88,6 +90,19 @@ def is_quantized(shape: Sequence[int], group: str) -> bool:
     return group == "matrix" and math.prod(shape) >= MIN_QUANTIZED_SIZE
 
 
+def state_dtype(shape: Sequence[int], group: str, state_bits: int) -> StateDType:
+    """How `state_bits` (32, 16 or 8) stores a parameter's states.
+
+    16 bits are bfloat16, rounded stochastically at every update; they keep the exponent of fp32, so
+    that embedding and head need no exception. What is smaller than 4,096 elements stays fp32.
+    """
+    if state_bits == 8 and is_quantized(shape, group):
+        return "U8"
+    if state_bits == 16 and math.prod(shape) >= MIN_QUANTIZED_SIZE:
+        return "BF16"
+    return "F32"
+
+
 def num_blocks(shape: Sequence[int]) -> int:
     """Blocks of a tensor; the last may be short."""
     return -(-math.prod(shape) // BLOCK_SIZE)
@@ -139,6 +154,17 @@ def counter_uniform(seed: int, step: int, name: str, count: int, *, offset: int 
     """float32 [count] in [0, 1): the upper 24 bits of `counter_bits`, exact in float32."""
     bits = counter_bits(seed, step, name, count, offset=offset)
     return (bits >> np.uint32(8)).astype(np.float32) * np.float32(2**-24)
+
+
+def round_stochastically(values: np.ndarray, bits: np.ndarray) -> np.ndarray:
+    """bfloat16 bits, uint16, of finite float32 values: one of the two neighbours, the nearer one
+    more often, so that the mean over `bits` (uint32, of `counter_bits`) is the value itself.
+
+    The lower 16 random bits are added to the lower 16 of the value, and a carry moves its
+    magnitude up by one step of bfloat16. What bfloat16 holds exactly never moves.
+    """
+    raised = values.view(np.uint32) + (bits & np.uint32(0xFFFF))
+    return (raised >> np.uint32(16)).astype(np.uint16)
 
 
 def _mix(x: np.ndarray) -> np.ndarray:

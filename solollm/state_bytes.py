@@ -11,7 +11,7 @@ import math
 
 from solollm.architecture import ModelConfig, ParameterSpec, parameter_table
 from solollm.config import OptimizerTable
-from solollm.optim_codec import is_quantized, num_blocks
+from solollm.optim_codec import num_blocks, state_dtype
 
 _CHECKPOINT_EXTRAS = 4 << 20  # tokenizer, configuration, certificate: a few megabytes at most
 
@@ -34,6 +34,7 @@ def checkpoint_bytes(model: ModelConfig, table: OptimizerTable, *, item_bytes: i
 def _state_bytes(spec: ParameterSpec, table: OptimizerTable) -> int:
     numel = math.prod(spec.shape)
     count = 1 if table.name == "muon" and spec.group == "matrix" else 2
-    if table.state_bits == 8 and is_quantized(spec.shape, spec.group):
+    dtype = state_dtype(spec.shape, spec.group, table.state_bits)
+    if dtype == "U8":
         return count * (numel + 4 * num_blocks(spec.shape))
-    return count * 4 * numel
+    return count * numel * (2 if dtype == "BF16" else 4)

@@ -321,6 +321,12 @@ def _refuse_unsupported(options: SessionOptions) -> None:
             why="it trains all parameters on the language-model loss",
             fix="use objective `lm` without an adapter",
         )
+    if options.optimizer.state_bits == 16:
+        raise BackendError(
+            "the MLX backend does not hold optimizer states in 16 bits",
+            why="unified memory has no copy to halve, and 8 bits take less",
+            fix="set optimizer.state_bits to 8 or 32",
+        )
     for key in options.backend_options:
         if key not in OPTIONS:
             raise ConfigError(f"unknown MLX backend option `{key}`", fix=nearest(key, OPTIONS))

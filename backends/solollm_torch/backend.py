@@ -64,7 +64,7 @@ class TorchBackend(Backend):
             preferred_dtype="bfloat16" if bf16 and device.type == "cuda" else "float32",
             objectives=("lm",),
             optimizers=("adamw", "muon"),
-            state_bits=(32, 8),
+            state_bits=(32, 16, 8),
             versions={"torch": torch.__version__, "python": platform.python_version()},
         )
 

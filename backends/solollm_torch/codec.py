@@ -42,8 +42,8 @@ class CodedState(NamedTuple):
         _scale(values, self.absmax[_blocks(chunk, codes.numel())])
         return values
 
-    def encode(self, chunk: slice, values: Tensor) -> None:
-        """Store the float32 values of a slice; `values` is overwritten."""
+    def encode(self, chunk: slice, values: Tensor, step: int = 0) -> None:
+        """Store the float32 values of a slice; `values` is overwritten, `step` plays no part."""
         codes = self.codes[chunk]
         tables = _tables(self.state, codes.device)
         full = values.numel() - values.numel() % BLOCK_SIZE

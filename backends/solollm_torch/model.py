@@ -20,7 +20,15 @@ from torch.utils.checkpoint import checkpoint
 
 from solollm.architecture import ModelConfig
 from solollm_torch.attention import Segments, attend
-from solollm_torch.ops import Rotary, linear, rms_norm, rotary_table, split_heads, swiglu
+from solollm_torch.ops import (
+    Rotary,
+    embedding,
+    linear,
+    rms_norm,
+    rotary_table,
+    split_heads,
+    swiglu,
+)
 
 
 class Block(nn.Module):
@@ -91,6 +99,8 @@ class Decoder(nn.Module):
         embed_tokens [V, C]; layers: L `Block`s; norm [C]; lm_head [V, C], None when tied.
         compute_dtype: what the residual stream is held in.
         checkpointing: recompute each block in backward instead of keeping its activations.
+        on_block_gradients: called in backward with a block's index once all its gradients are
+            there; the weights of that block may then change.
     """
 
     def __init__(
@@ -107,6 +117,7 @@ class Decoder(nn.Module):
         self.config = config
         self.compute_dtype = compute_dtype or dtype
         self.checkpointing = False
+        self.on_block_gradients: Callable[[int], None] | None = None
         self.embed_tokens = nn.Parameter(torch.empty(matrix, device=device, dtype=dtype))
         blocks = (Block(config, device, dtype) for _ in range(config.num_hidden_layers))
         self.layers: list[Block] = nn.ModuleList(blocks)  # type: ignore[assignment]
@@ -123,7 +134,7 @@ class Decoder(nn.Module):
 
     def embed(self, input_ids: Tensor) -> Tensor:
         """int [B, T] to the residual stream [B, T, C] in the compute dtype."""
-        return nn.functional.embedding(input_ids, self.embed_tokens).to(self.compute_dtype)
+        return embedding(input_ids, self.embed_tokens, self.compute_dtype)
 
     def rotary(self, length: int) -> Rotary:
         """cos and sin [length, D/2] of positions 0 to length - 1; index them for others.
@@ -146,7 +157,8 @@ class Decoder(nn.Module):
         """int [B, T] to normalised hidden states [B, T, C]. `segments` None: plain causal."""
         rotary = self.rotary(input_ids.shape[1])
         x = self.embed(input_ids)  # [B, T, C]
-        for block in self.layers:
+        for index, block in enumerate(self.layers):
+            self._announce(index, x)
             if self.checkpointing and torch.is_grad_enabled():
                 # No random numbers are drawn in a block, so there is no state to keep for it.
                 x = checkpoint(
@@ -155,6 +167,13 @@ class Decoder(nn.Module):
             else:
                 x = block(x, rotary, segments)
         return self.final_norm(x)
+
+    def _announce(self, index: int, x: Tensor) -> None:
+        """The gradient of a block's input is complete after those of its weights."""
+        if self.on_block_gradients is None or not x.requires_grad:
+            return
+        tell = self.on_block_gradients
+        x.register_hook(lambda _: tell(index))  # type: ignore[no-untyped-call]
 
     def logits(self, input_ids: Tensor, segments: Segments | None = None) -> Tensor:
         """All logits [B, T, V]: for tests and small inputs; training never holds them."""

@@ -125,6 +125,31 @@ class _Linear(Function):
         return grad_x, grad_weight
 
 
+def embedding(ids: Tensor, weight: Tensor, dtype: torch.dtype) -> Tensor:
+    """Rows `ids` of weight [V, C] in `dtype`: [..., C]."""
+    if by_hand() and weight.dtype != torch.float32:
+        result: Tensor = _Embedding.apply(ids, weight, dtype)  # type: ignore[no-untyped-call]
+        return result
+    return functional.embedding(ids, weight).to(dtype)
+
+
+class _Embedding(Function):
+    """Gradients of a token's occurrences are added up in fp32, whatever the weight's dtype."""
+
+    @staticmethod
+    def forward(ctx: Any, ids: Tensor, weight: Tensor, dtype: torch.dtype) -> Tensor:
+        ctx.save_for_backward(ids)
+        ctx.num_rows = len(weight)
+        return functional.embedding(ids, weight).to(dtype)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[None, Tensor, None]:
+        (ids,) = ctx.saved_tensors
+        backward = torch.ops.aten.embedding_dense_backward
+        return None, backward(grad.float(), ids, ctx.num_rows, -1, False), None
+
+
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """x / sqrt(mean(x^2) + eps) * weight over the last dimension (Zhang & Sennrich 2019).
 
@@ -154,7 +179,7 @@ class _RMSNorm(Function):
         both = (grad * wide).reshape(-1, size)  # [N, C]
         column = inverse.reshape(-1, 1)  # [N, 1]
         grad_weight = torch.mm(column.t(), both).view(size)
-        along = torch.mv(both, weight).view(inverse.shape)  # [..., 1]: <grad * weight, x>
+        along = torch.mv(both, weight.float()).view(inverse.shape)  # [..., 1]: <grad * weight, x>
         along.mul_(inverse).mul_(inverse).mul_(inverse).div_(-size)
         grad_x = (grad * weight).mul_(inverse).addcmul_(wide, along)
         return grad_x.to(x.dtype), grad_weight, None

@@ -1,8 +1,8 @@
-"""AdamW and Muon over canonical tensors, with fp32 or 8-bit states.
+"""AdamW and Muon over canonical tensors, with fp32, bf16 or 8-bit states.
 
 The canonical Hugging Face tensor is the unit, whatever the decoder's own storage is: parameters
-and gradients arrive as views of it by name. States are named as they lie on disk. 8-bit
-states are decoded, updated and encoded again by `codec`, a chunk at a time.
+and gradients arrive as views of it by name. States are named as they lie on disk. What is not
+stored in fp32 is decoded, updated and encoded again, a chunk at a time (`storage`).
 
 Shapes: N matrices of one shape, R rows, C columns.
 """
@@ -19,27 +19,30 @@ from torch import Tensor
 from solollm.architecture import ModelConfig, ParameterSpec, parameter_table
 from solollm.backend import DType, TensorSource
 from solollm.config import OptimizerTable
-from solollm.errors import IntegrityError
-from solollm.optim_codec import State, codebook, is_quantized, num_blocks
+from solollm.optim_codec import State
 from solollm_torch.codec import CodedState
-from solollm_torch.state import TAGS, from_host
+from solollm_torch.state import TAGS, load_states
+from solollm_torch.state_specs import states_of, zero_states
+from solollm_torch.storage import Plain, Rounded, Storage, master_storage
 
-CHUNK_ELEMENTS = 1 << 19  # of a decoded 8-bit state: whole blocks, and it fits the cache
+CHUNK_ELEMENTS = 1 << 19  # decoded at once on the CPU: whole blocks, and it fits the cache
+DEVICE_CHUNK_ELEMENTS = 1 << 24
 MUON_BATCH_ELEMENTS = 1 << 22  # matrices orthogonalised at once: bounds the scratch memory
 NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)  # Jordan 2024, https://kellerjordan.github.io/posts/muon
 NEWTON_SCHULZ_STEPS = 5
 
 
-class _Update(NamedTuple):
+class Update(NamedTuple):
     """What every tensor's update shares; see `Optimizer.step`."""
 
     lr: float
     updates: int
-    grad_scale: Tensor | None
+    grad_scale: Tensor | None = None
+    found_inf: Tensor | None = None
 
 
 class Optimizer:
-    """The states of one model and the update of its weights.
+    """The states of some or all parameters of a model, and the update of their weights.
 
     AdamW (Loshchilov & Hutter 2019, arXiv:1711.05101) for every tensor, or Muon (Jordan 2024) for
     the block matrices and AdamW for the rest. Weight decay is decoupled and only where the name
@@ -48,27 +51,46 @@ class Optimizer:
     """
 
     def __init__(
-        self, parameters: Mapping[str, Tensor], *, model: ModelConfig, table: OptimizerTable
+        self,
+        parameters: Mapping[str, Tensor],
+        *,
+        model: ModelConfig,
+        table: OptimizerTable,
+        residuals: Mapping[str, Tensor] | None = None,
+        states: Mapping[str, Tensor] | None = None,
+        seed: int = 0,
     ) -> None:
-        """`parameters`: canonical name -> contiguous fp32 master (or a view), updated in place."""
-        self._parameters = dict(parameters)
-        self._table = table
-        self._states: dict[str, Tensor] = {}
+        """Works on its arguments in place.
+
+        Args:
+            parameters: canonical name -> contiguous master (or a view), float32 or bfloat16; the
+                model's other parameters are somebody else's.
+            residuals: int16, for bfloat16 masters that are split (`split_master`); a bfloat16
+                master without one is rounded stochastically.
+            states: where the states lie, by their name on disk; None: new, zero.
+            seed: of stochastic rounding.
+        """
+        specs = [spec for spec in parameter_table(model) if spec.name in parameters]
+        self._parameters, self._table = dict(parameters), table
+        if states is None:
+            states = zero_states(specs, table, {n: p.device for n, p in parameters.items()})
+        self._states = dict(states)
         self._fused: dict[bool, list[str]] = {True: [], False: []}  # by decay
-        self._coded: list[ParameterSpec] = []
+        self._chunked: list[ParameterSpec] = []
         matrices: dict[tuple[int, ...], list[str]] = {}
-        for spec in parameter_table(model):
-            coded = table.state_bits == 8 and is_quantized(spec.shape, spec.group)
+        self._masters: dict[str, Storage] = {}
+        self._stored: dict[str, Storage] = {}  # states by their name
+        for spec in specs:
+            weight, residual = parameters[spec.name], (residuals or {}).get(spec.name)
+            self._masters[spec.name] = master_storage(weight, residual, (seed, spec.name, 0))
+            for state in states_of(spec, table):
+                self._stored[f"{state}.{spec.name}"] = self._storage(state, spec.name, seed)
             if table.name == "muon" and spec.group == "matrix":
                 matrices.setdefault(spec.shape, []).append(spec.name)
-                self._allocate("momentum_buffer", spec, coded=coded)
-                continue
-            self._allocate("exp_avg", spec, coded=coded)
-            self._allocate("exp_avg_sq", spec, coded=coded)
-            if coded:
-                self._coded.append(spec)
-            else:
+            elif self._is_plain(spec.name):
                 self._fused[spec.decay].append(spec.name)
+            else:
+                self._chunked.append(spec)
         self._muon = [batch for names in matrices.values() for batch in self._batches(names)]
 
     @torch.no_grad()
@@ -79,22 +101,28 @@ class Optimizer:
         lr: float,
         updates: int,
         grad_scale: Tensor | None = None,
+        found_inf: Tensor | None = None,
     ) -> None:
         """Apply one update in place.
 
-        `gradients`: fp32, by canonical name; each is used as gradient * grad_scale (0-dim fp32, the
-        clip factor) and holds no promised value afterwards. `updates`: how many were applied
-        before this one.
+        `gradients`: float32 or bfloat16, by canonical name; each is used as gradient * grad_scale
+        (0-dim fp32, the clip factor) and holds no promised value afterwards. `updates`: how many
+        were applied before this one. `found_inf` (0-dim fp32): where it is 1 nothing changes; the
+        device decides, without telling the host.
         """
-        update = _Update(lr, updates, grad_scale)
+        if found_inf is not None and host_decides(found_inf):
+            if found_inf.item():
+                return
+            found_inf = None
+        update = Update(lr, updates, grad_scale, found_inf)
         for decay, names in self._fused.items():
             parameters = [self._parameters[name] for name in names]
             exp_avg = [self._states[f"exp_avg.{name}"] for name in names]
             exp_avg_sq = [self._states[f"exp_avg_sq.{name}"] for name in names]
-            tensors = (parameters, [gradients[name] for name in names], exp_avg, exp_avg_sq)
-            self._adamw(tensors, update, decay=decay)
-        for spec in self._coded:
-            self._coded_adamw(spec, gradients[spec.name], update)
+            wide = [gradients[name].float() for name in names]
+            self._adamw((parameters, wide, exp_avg, exp_avg_sq), update, decay=decay)
+        for spec in self._chunked:
+            self._chunked_adamw(spec, gradients[spec.name], update)
         for names in self._muon:
             self._orthogonal_step(names, gradients, update)
 
@@ -107,43 +135,20 @@ class Optimizer:
         return self._states[state_name]
 
     def load(self, source: TensorSource) -> None:
-        """Take every state from `source`.
+        """Take every state from `source`; raises as `load_states`."""
+        load_states(self._states, source, self._table)
 
-        Raises:
-            IntegrityError: names what is missing, unexpected, or of another dtype or shape.
-                Nothing is taken when names differ; after a wrong shape the states are a mixture.
-        """
-        names = set(source.names())
-        problems = [f"missing {name}" for name in self._states if name not in names]
-        problems += [f"unexpected {name}" for name in sorted(names - self._states.keys())]
-        if not problems:
-            problems = list(self._read_all(source))
-        if problems:
-            shown = ", ".join(problems[:8]) + (", ..." if len(problems) > 8 else "")
-            raise IntegrityError(
-                f"the optimizer state does not fit: {len(problems)} tensors: {shown}",
-                why=f"this session trains with {self._table.name}, {self._table.state_bits}-bit",
-                fix="resume with the optimizer settings that the checkpoint was written with",
-            )
+    def _storage(self, state: State, parameter: str, seed: int) -> Storage:
+        name = f"{state}.{parameter}"
+        values = self._states[name].view(-1)
+        if values.dtype == torch.uint8:
+            return CodedState(state, values, self._states[f"{name}.absmax"])
+        return Plain(values) if values.dtype == torch.float32 else Rounded(values, seed, name)
 
-    def _read_all(self, source: TensorSource) -> Iterator[str]:
-        for name, tag, shape in self.specs():
-            tensor = source.read(name)
-            if (tensor.dtype, tuple(tensor.shape)) != (tag, shape):
-                found = f"{tensor.dtype} {list(tensor.shape)}"
-                yield f"misshapen {name}: {found} instead of {tag} {list(shape)}"
-            else:
-                self._states[name].copy_(from_host(tensor))
-
-    def _allocate(self, state: State, spec: ParameterSpec, *, coded: bool) -> None:
-        device = self._parameters[spec.name].device
-        name = f"{state}.{spec.name}"
-        if not coded:
-            self._states[name] = torch.zeros(spec.shape, device=device)
-            return
-        zero = int(codebook(state).borders.searchsorted(0.0))
-        self._states[name] = torch.full(spec.shape, zero, dtype=torch.uint8, device=device)
-        self._states[f"{name}.absmax"] = torch.zeros(num_blocks(spec.shape), device=device)
+    def _is_plain(self, parameter: str) -> bool:
+        held = [self._masters[parameter]]
+        held += [self._stored[f"{state}.{parameter}"] for state in ("exp_avg", "exp_avg_sq")]
+        return all(isinstance(storage, Plain) for storage in held)
 
     def _batches(self, names: Sequence[str]) -> list[list[str]]:
         size = max(1, MUON_BATCH_ELEMENTS // self._parameters[names[0]].numel())
@@ -152,7 +157,7 @@ class Optimizer:
     def _adamw(
         self,
         tensors: tuple[list[Tensor], list[Tensor], list[Tensor], list[Tensor]],
-        update: _Update,
+        update: Update,
         *,
         decay: bool,
     ) -> None:
@@ -166,24 +171,20 @@ class Optimizer:
             parameters, gradients, exp_avg, exp_avg_sq, [], [step] * len(parameters),
             lr=update.lr, beta1=table.beta1, beta2=table.beta2, eps=table.eps,
             weight_decay=table.weight_decay if decay else 0.0, amsgrad=False, maximize=False,
-            grad_scale=None if scale is None else scale.reciprocal(), found_inf=None,
+            grad_scale=None if scale is None else scale.reciprocal(), found_inf=update.found_inf,
         )  # fmt: skip
 
-    def _coded_adamw(self, spec: ParameterSpec, gradient: Tensor, update: _Update) -> None:
-        parameter, gradient = self._parameters[spec.name].view(-1), gradient.reshape(-1)
-        first = self._coded_state("exp_avg", spec.name)
-        second = self._coded_state("exp_avg_sq", spec.name)
-        for start in range(0, parameter.numel(), CHUNK_ELEMENTS):
-            chunk = slice(start, start + CHUNK_ELEMENTS)
-            exp_avg, exp_avg_sq = first.decode(chunk), second.decode(chunk)
-            tensors = ([parameter[chunk]], [gradient[chunk]], [exp_avg], [exp_avg_sq])
+    def _chunked_adamw(self, spec: ParameterSpec, gradient: Tensor, update: Update) -> None:
+        flat, step = gradient.reshape(-1), update.updates
+        master = self._masters[spec.name]
+        first, second = (self._stored[f"{s}.{spec.name}"] for s in ("exp_avg", "exp_avg_sq"))
+        for chunk in chunks(flat):
+            weight, exp_avg, exp_avg_sq = (s.decode(chunk) for s in (master, first, second))
+            tensors = ([weight], [flat[chunk].float()], [exp_avg], [exp_avg_sq])
             self._adamw(tensors, update, decay=spec.decay)
-            first.encode(chunk, exp_avg)
-            second.encode(chunk, exp_avg_sq)
-
-    def _coded_state(self, state: State, parameter: str) -> CodedState:
-        name = f"{state}.{parameter}"
-        return CodedState(state, self._states[name].view(-1), self._states[f"{name}.absmax"])
+            master.encode(chunk, weight, step)
+            first.encode(chunk, exp_avg, step)
+            second.encode(chunk, exp_avg_sq, step)
 
     def _momentum(self, updates: int) -> float:
         table = self._table
@@ -193,32 +194,53 @@ class Optimizer:
         return table.momentum_start + (table.momentum - table.momentum_start) * done
 
     def _orthogonal_step(
-        self, names: list[str], gradients: Mapping[str, Tensor], update: _Update
+        self, names: list[str], gradients: Mapping[str, Tensor], update: Update
     ) -> None:
-        lr, momentum = update.lr, self._momentum(update.updates)
-        stacked = torch.stack([gradients[name] for name in names])  # [N, R, C]
+        lr, found_inf = update.lr, update.found_inf
+        stacked = torch.stack([gradients[name].float() for name in names])  # [N, R, C]
         if update.grad_scale is not None:
             stacked.mul_(update.grad_scale)
         for name, gradient in zip(names, stacked, strict=True):
-            self._accumulate(name, gradient, momentum)
+            self._accumulate(name, gradient, update)
         directions = orthogonalize(stacked)
         rate = -lr * 0.2 * math.sqrt(max(stacked.shape[1:]))
         for name, direction in zip(names, directions, strict=True):
-            parameter = self._parameters[name]
-            parameter.mul_(1 - lr * self._table.weight_decay).add_(direction, alpha=rate)
+            everything = slice(0, direction.numel())
+            weight = self._masters[name].decode(everything)
+            before = weight.clone() if found_inf is not None else None
+            weight.mul_(1 - lr * self._table.weight_decay).add_(direction.view(-1), alpha=rate)
+            _put_back(weight, before, found_inf)
+            self._masters[name].encode(everything, weight, update.updates)
 
-    def _accumulate(self, name: str, gradient: Tensor, momentum: float) -> None:
+    def _accumulate(self, name: str, gradient: Tensor, update: Update) -> None:
         """Take the gradient into the momentum and leave Nesterov's mean of both in `gradient`."""
-        stored = self._states[f"momentum_buffer.{name}"]
-        if stored.dtype == torch.float32:
-            gradient.lerp_(stored.lerp_(gradient, 1 - momentum), momentum)
-            return
-        state, flat = self._coded_state("momentum_buffer", name), gradient.view(-1)
-        for start in range(0, flat.numel(), CHUNK_ELEMENTS):
-            chunk = slice(start, start + CHUNK_ELEMENTS)
-            buffer = state.decode(chunk).lerp_(flat[chunk], 1 - momentum)
+        momentum = self._momentum(update.updates)
+        state, flat = self._stored[f"momentum_buffer.{name}"], gradient.view(-1)
+        for chunk in chunks(flat):
+            buffer = state.decode(chunk)
+            before = buffer.clone() if update.found_inf is not None else None
+            buffer.lerp_(flat[chunk], 1 - momentum)
             flat[chunk] = flat[chunk].lerp(buffer, momentum)
-            state.encode(chunk, buffer)
+            _put_back(buffer, before, update.found_inf)
+            state.encode(chunk, buffer, update.updates)
+
+
+def host_decides(found_inf: Tensor) -> bool:
+    """Whether reading it costs no wait for a device."""
+    return found_inf.device.type == "cpu"
+
+
+def chunks(flat: Tensor) -> Iterator[slice]:
+    """Stretches of an update, each of whole blocks of the 8-bit codec: bounded scratch memory, in
+    cache on the CPU, and few launches elsewhere."""
+    size = CHUNK_ELEMENTS if flat.device.type == "cpu" else DEVICE_CHUNK_ELEMENTS
+    return (slice(s, min(s + size, flat.numel())) for s in range(0, flat.numel(), size))
+
+
+def _put_back(values: Tensor, before: Tensor | None, found_inf: Tensor | None) -> None:
+    """Undo a change where `found_inf` is 1."""
+    if before is not None and found_inf is not None:
+        values.copy_(torch.where(found_inf > 0, before, values))
 
 
 def orthogonalize(matrices: Tensor) -> Tensor:

@@ -15,14 +15,14 @@ import math
 import resource
 import sys
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 
 import numpy as np
 import psutil
 import torch
 from torch import Tensor
 
-from solollm.architecture import ModelConfig, initial_parameters
+from solollm.architecture import ModelConfig, initial_parameters, parameter_table
 from solollm.backend import (
     Batch,
     Engine,
@@ -39,14 +39,28 @@ from solollm.backend import (
 from solollm.errors import BackendError, ConfigError, nearest
 from solollm_torch.attention import Segments
 from solollm_torch.compiling import compile_blocks, keep_freed_memory, should_compile
+from solollm_torch.gradients import (
+    DTYPES,
+    attach_gradients,
+    gradient_dtype,
+    gradient_of,
+    padded_size,
+)
 from solollm_torch.loss import Targets, loss_and_gradient, token_nll
+from solollm_torch.masters import WEIGHT_DTYPES, Masters, master_option
 from solollm_torch.model import Decoder
 from solollm_torch.optim import Optimizer
-from solollm_torch.state import TorchSnapshot, load_parameters
+from solollm_torch.state import TorchSnapshot, load_parameters, load_states
+from solollm_torch.state_specs import zero_states
+from solollm_torch.units import (
+    LaggedStep,
+    gradient_norms,
+    total_norm,
+    unit_optimizers,
+    unit_parameters,
+)
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-ALIGNMENT = 16  # elements: gradients start on cache lines, as allocations of their own would
-OPTIONS = ("compile", "deterministic", "threads")
+OPTIONS = ("compile", "deterministic", "gradients", "master", "threads")
 
 
 class _Step(PendingMetrics):
@@ -66,7 +80,8 @@ class TorchSession(TrainSession):
     """See `solollm.backend.TrainSession`.
 
     `options.backend_options`: `compile` (auto, true, false; see `compiling`), `deterministic`
-    (CUDA: bitwise repeatable kernels) and `threads` (CPU threads; default: PyTorch's own number).
+    (CUDA: bitwise repeatable kernels), `threads` (CPU threads; default: PyTorch's own number),
+    `master` (float32, split, bfloat16; see `masters`) and `gradients` (auto, float32, bfloat16).
     """
 
     def __init__(
@@ -83,23 +98,49 @@ class TorchSession(TrainSession):
         _set_up_process(given, device)
         self._model, self._plan, self._table = model, plan, options.optimizer
         self._device = device
-        self._decoder = Decoder(model, device=device, compute_dtype=DTYPES[plan.compute_dtype])
-        self._decoder.checkpointing = plan.activation_checkpointing
-        self._decoder.load(
-            (name, torch.from_numpy(array))
-            for name, array in initial_parameters(model, options.seed)
+        self._settings: dict[str, bool | int | float | str] = {"threads": torch.get_num_threads()}
+        if device.type == "cuda":
+            self._settings["deterministic"] = bool(given.get("deterministic", False))
+        self._updates, self._lagged_norm = 0, 0.0
+        self._under_way: _Step | None = None
+        self._set_up(options)
+
+    def _set_up(self, options: SessionOptions) -> None:
+        """Make weights, gradients and optimizer."""
+        given, model, device = options.backend_options, self._model, self._device
+        master, compute = master_option(given, "float32"), DTYPES[self._plan.compute_dtype]
+        self._decoder = Decoder(
+            model, device=device, dtype=WEIGHT_DTYPES[master], compute_dtype=compute
         )
+        self._decoder.checkpointing = self._plan.activation_checkpointing
+        self._masters = _masters_of(self._decoder, split=master == "split")
+        for name, array in initial_parameters(model, options.seed):
+            self._masters.write(name, torch.from_numpy(array))
         compiled = should_compile(given.get("compile", "auto"), device)
         if compiled:
             compile_blocks(self._decoder)
-        self._settings = {"compile": compiled, "threads": torch.get_num_threads()}
-        if device.type == "cuda":
-            self._settings["deterministic"] = bool(given.get("deterministic", False))
-        self._flat_gradient = _allocate_gradients(self._decoder)
-        self._gradients = self._decoder.canonical_views(_gradient_of)
-        self._optimizer = Optimizer(self._decoder.masters(), model=model, table=options.optimizer)
-        self._updates, self._lagged_norm = 0, 0.0
-        self._under_way: _Step | None = None
+        dtype = gradient_dtype(given, master, compute)
+        names = {value: key for key, value in DTYPES.items()}
+        self._settings |= {"compile": compiled, "master": master, "gradients": names[dtype]}
+        parameters = list(self._decoder.parameters())
+        self._flat_gradient = torch.zeros(padded_size(parameters), dtype=dtype, device=device)
+        attach_gradients(parameters, self._flat_gradient)
+        self._gradients = self._decoder.canonical_views(gradient_of)
+        self._unit_gradients = [
+            [gradient_of(p) for p in unit] for unit in unit_parameters(self._decoder)
+        ]
+        specs, table = parameter_table(model), options.optimizer
+        self._states = zero_states(specs, table, {spec.name: device for spec in specs})
+        if master == "float32" and table.clip == "exact":  # Muon is faster over all layers at once
+            whole = Optimizer(
+                self._masters.weights, model=model, table=table, states=self._states,
+                seed=options.seed,
+            )  # fmt: skip
+            self._optimizers = [whole]
+        else:
+            self._optimizers = unit_optimizers(
+                model, table, self._masters, states=self._states, seed=options.seed
+            )
 
     @property
     def settings(self) -> Mapping[str, bool | int | float | str]:
@@ -107,7 +148,10 @@ class TorchSession(TrainSession):
 
     def train_step(self, batch: Batch, *, lr: float) -> PendingMetrics:
         self.settle()
-        numbers = self._loss_and_norm(batch)
+        lagged = None
+        if self._table.clip == "lagged":
+            lagged = LaggedStep(lr=lr, updates=self._updates, grad_scale=self._lagged_factor())
+        numbers = self._loss_and_norm(batch, lagged)
         self._under_way = _Step(self, numbers, batch.num_targets, lr)
         return self._under_way
 
@@ -116,32 +160,37 @@ class TorchSession(TrainSession):
         step, self._under_way = self._under_way, None
         if step is None:
             return
-        loss, norm = step.numbers.tolist()
+        loss, norm, num_applied = step.numbers.tolist()
         skipped = not (math.isfinite(loss) and math.isfinite(norm))
-        step.metrics = StepMetrics(loss, norm, step.tokens, skipped)
+        partial = skipped and num_applied > 0
+        step.metrics = StepMetrics(loss, norm, step.tokens, skipped, partial)
         if skipped:
             return
-        self._optimizer.step(
-            self._gradients,
-            lr=step.lr,
-            updates=self._updates,
-            grad_scale=self._clip_factor(step.numbers[1], norm),
-        )
+        if self._table.clip == "exact":
+            self._apply(step.lr, self._exact_factor(step.numbers[1], norm))
         self._updates += 1
         self._lagged_norm = norm
 
-    def _clip_factor(self, norm: Tensor, norm_on_host: float) -> Tensor | None:
+    def _apply(self, lr: float, grad_scale: Tensor | None) -> None:
+        """Update every weight by the gradients that are there."""
+        for optimizer in self._optimizers:
+            optimizer.step(self._gradients, lr=lr, updates=self._updates, grad_scale=grad_scale)
+
+    def _exact_factor(self, norm: Tensor, norm_on_host: float) -> Tensor | None:
         """min(1, clip_norm / (norm + 1e-6)), fp32 0-dim, or None where that is exactly 1."""
         limit = self._table.clip_norm
-        lagged = self._table.clip == "lagged"
-        if limit == 0 or (self._lagged_norm if lagged else norm_on_host) + 1e-6 <= limit:
+        if limit == 0 or norm_on_host + 1e-6 <= limit:
             return None
-        reference = norm.new_tensor(self._lagged_norm) if lagged else norm
-        return limit / (reference + 1e-6)
+        return limit / (norm + 1e-6)
+
+    def _lagged_factor(self) -> Tensor | None:
+        """The same of the norm of the step before."""
+        norm = torch.tensor(self._lagged_norm, device=self._device)
+        return self._exact_factor(norm, self._lagged_norm)
 
     def probe_step(self, batch: Batch) -> StepMetrics:
         self.settle()
-        loss, norm = self._loss_and_norm(batch).tolist()
+        loss, norm, _ = self._loss_and_norm(batch).tolist()
         skipped = not (math.isfinite(loss) and math.isfinite(norm))
         return StepMetrics(loss, norm, batch.num_targets, skipped)
 
@@ -151,20 +200,52 @@ class TorchSession(TrainSession):
         self._loss_and_norm(batch)
         return {name: gradient.clone() for name, gradient in self._gradients.items()}
 
-    def _loss_and_norm(self, batch: Batch) -> Tensor:
-        """Fill the gradients; gives [loss, gradient norm], fp32 on the device, without waiting."""
+    def _loss_and_norm(self, batch: Batch, lagged: LaggedStep | None = None) -> Tensor:
+        """Fill the gradients, and make the updates of a lagged step.
+
+        Returns:
+            [loss, gradient norm, units updated], fp32 on the device; nothing is waited for.
+        """
         self._flat_gradient.zero_()
         loss = torch.zeros((), device=self._device)
-        for rows in self._micro_batches(batch):
-            input_ids, segments, targets = self._upload(batch, rows)
-            hidden = self._decoder(input_ids, segments)  # [M, T, C]
-            part, gradient = loss_and_gradient(
-                hidden, self._decoder.head_weight, targets, batch.denominator
-            )
-            torch.autograd.backward(hidden, gradient)
-            loss += part
-        norms = torch._foreach_norm([_gradient_of(p) for p in self._decoder.parameters()])
-        return torch.stack((loss, torch.linalg.vector_norm(torch.stack(norms))))
+        *before, last = self._micro_batches(batch)
+        for rows in before:
+            loss += self._backward(batch, rows)
+        if lagged is None:
+            loss += self._backward(batch, last)
+            norm = total_norm([gradient_norms(unit) for unit in self._unit_gradients])
+            return torch.stack((loss, norm, torch.zeros_like(loss)))
+        norms: list[list[Tensor]] = []
+        self._decoder.on_block_gradients = lambda index: self._update_block(index, lagged, norms)
+        loss += self._backward(batch, last, lambda part: lagged.begin(loss + part))
+        self._decoder.on_block_gradients = None
+        self._update_unit(lagged, norms)
+        return torch.stack((loss, total_norm(norms), lagged.num_applied()))
+
+    def _backward(
+        self, batch: Batch, rows: slice, begin: Callable[[Tensor], None] = lambda _: None
+    ) -> Tensor:
+        """Add the gradients of some rows; gives their share of the loss, and tells it to `begin`
+        between forward and backward pass."""
+        input_ids, segments, targets = self._upload(batch, rows)
+        hidden = self._decoder(input_ids, segments)  # [M, T, C]
+        loss, gradient = loss_and_gradient(
+            hidden, self._decoder.head_weight, targets, batch.denominator
+        )
+        begin(loss)
+        torch.autograd.backward(hidden, gradient)
+        return loss
+
+    def _update_block(self, index: int, lagged: LaggedStep, norms: list[list[Tensor]]) -> None:
+        if index == self._model.num_hidden_layers - 1:  # what stands above the blocks is complete
+            self._update_unit(lagged, norms)
+        self._update_unit(lagged, norms)
+
+    def _update_unit(self, lagged: LaggedStep, norms: list[list[Tensor]]) -> None:
+        """Update the next unit, in backward order; `norms` has those of the units before it."""
+        unit = len(norms)
+        norms.append(gradient_norms(self._unit_gradients[unit]))
+        lagged.update(self._optimizers[unit], self._gradients, norms[unit])
 
     def eval_step(self, batch: Batch) -> tuple[float, int]:
         logprobs = self.token_logprobs(batch)
@@ -205,20 +286,20 @@ class TorchSession(TrainSession):
     def snapshot(self) -> Snapshot:
         """Copies to the host, one tensor after the other: one pass over the state's memory."""
         self.settle()
-        optimizer = self._optimizer
+        masters = self._masters
         return TorchSnapshot(
-            {name: _copy_to_host(master) for name, master in self._decoder.masters().items()},
-            {name: _copy_to_host(optimizer.export(name)) for name, _, _ in optimizer.specs()},
+            {name: _copy_to_host(masters.read(name)) for name, _, _ in masters.specs()},
+            {name: _copy_to_host(state) for name, state in self._states.items()},
             self.session_state,
         )
 
     def import_parameters(self, source: TensorSource) -> None:
         self.settle()
-        load_parameters(self._decoder.masters(), source)
+        load_parameters(self._masters, source)
 
     def import_optimizer(self, source: TensorSource, state: Mapping[str, int | float]) -> None:
         self.settle()
-        self._optimizer.load(source)
+        load_states(self._states, source, self._table)
         self._updates = int(state.get("updates", 0))
         self._lagged_norm = float(state.get("lagged_norm", 0.0))
 
@@ -237,7 +318,8 @@ class TorchSession(TrainSession):
 
     def close(self) -> None:
         self.settle()
-        del self._decoder, self._optimizer, self._gradients, self._flat_gradient
+        del self._decoder, self._masters, self._states, self._optimizers
+        del self._gradients, self._unit_gradients, self._flat_gradient
         if self._device.type == "cuda":
             torch.cuda.empty_cache()
 
@@ -273,19 +355,12 @@ def _set_up_process(given: Mapping[str, bool | int | float | str], device: torch
         keep_freed_memory()
 
 
-def _allocate_gradients(decoder: Decoder) -> Tensor:
-    """Give every parameter its gradient: slices of one vector, zeroed in one call."""
-    parameters = list(decoder.parameters())
-    sizes = [-(-p.numel() // ALIGNMENT) * ALIGNMENT for p in parameters]
-    flat = torch.zeros(sum(sizes), device=parameters[0].device)
-    for parameter, part in zip(parameters, torch.split(flat, sizes), strict=True):
-        parameter.grad = part[: parameter.numel()].view_as(parameter)
-    return flat
-
-
-def _gradient_of(parameter: torch.nn.Parameter) -> Tensor:
-    assert parameter.grad is not None, "gradients are allocated with the session"
-    return parameter.grad
+def _masters_of(decoder: Decoder, *, split: bool) -> Masters:
+    """The decoder's weights; split: with a residual for each."""
+    if not split:
+        return Masters(decoder.masters())
+    residuals = {p: torch.zeros_like(p, dtype=torch.int16) for p in decoder.parameters()}
+    return Masters(decoder.masters(), decoder.canonical_views(lambda p: residuals[p]))
 
 
 def _copy_to_host(tensor: Tensor) -> Tensor:

@@ -117,11 +117,12 @@ class ToySession(TrainSession):
     def __init__(self, model: ModelConfig, options: SessionOptions, plan: Plan) -> None:
         """Raises BackendError for what this backend's `capabilities` do not name."""
         table = options.optimizer
-        if options.objective != "lm" or table.name != "adamw" or table.clip != "exact":
+        known = table.name == "adamw" and table.clip == "exact" and table.state_bits in (32, 8)
+        if options.objective != "lm" or not known:
             raise BackendError(
-                f"the toy backend cannot train {options.objective} with {table.name} and"
-                f" {table.clip} clipping",
-                why="it knows only the language-model loss, AdamW and exact clipping",
+                f"the toy backend cannot train {options.objective} with {table.name} in"
+                f" {table.state_bits} bits and {table.clip} clipping",
+                why="it knows only the language-model loss, AdamW in 32 and 8 bits, exact clipping",
                 fix='choose optimizer.name = "adamw"',
             )
         self.model, self.plan, self.table = model, plan, table

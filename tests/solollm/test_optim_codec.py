@@ -21,7 +21,9 @@ from solollm.optim_codec import (
     is_quantized,
     num_blocks,
     quantize,
+    round_stochastically,
     search_table,
+    state_dtype,
 )
 
 STATES: tuple[State, ...] = ("exp_avg", "exp_avg_sq", "momentum_buffer")
@@ -213,3 +215,26 @@ def test_absmax_follows_the_flat_order() -> None:
     values[1, 56] = 2.0  # flat 256: the first element of the second block
     np.testing.assert_array_equal(quantize(values, "exp_avg").absmax, [0, 2, 0])
     assert isinstance(quantize(values, "exp_avg"), Quantized)
+
+
+def test_stochastic_rounding_is_right_on_average_and_exact_where_it_can_be() -> None:
+    """A rounding that leans one way moves every weight that way at every step."""
+    values = np.array([1.0, -2.5, 0.0, 1.001, -1.001, 3e-39, 1e30], np.float32)
+    exact = [0, 1, 2]
+    drawn = np.stack(
+        [round_stochastically(values, counter_bits(0, step, "w", 7)) for step in range(4000)]
+    )
+    widened = (drawn.astype(np.uint32) << 16).view(np.float32).astype(np.float64)
+    np.testing.assert_array_equal(widened[:, exact], np.tile(values[exact], (4000, 1)))
+    step = np.abs(values) * 2.0**-7  # of bfloat16, at most
+    assert (np.abs(widened - values) <= np.maximum(step, 2.0**-133)).all()
+    error = np.abs(widened.mean(axis=0) - values)
+    assert (error <= 4 * np.maximum(step, 2.0**-133) / np.sqrt(4000)).all()
+
+
+@pytest.mark.parametrize(("bits", "expected"), [(32, "F32"), (16, "BF16"), (8, "U8")])
+def test_state_dtype_follows_the_bits_where_they_pay(bits: int, expected: str) -> None:
+    """Norms stay fp32 in every width, the embedding in 8 bits."""
+    assert state_dtype((64, 64), "matrix", bits) == expected
+    assert state_dtype((64,), "other", bits) == "F32"
+    assert state_dtype((1000, 64), "other", bits) == ("BF16" if bits == 16 else "F32")

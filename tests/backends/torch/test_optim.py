@@ -31,7 +31,7 @@ from solollm.optim_codec import (
     quantize,
 )
 
-VARIANTS = [("adamw", 32), ("adamw", 8), ("muon", 32), ("muon", 8)]
+VARIANTS = [(name, bits) for name in ("adamw", "muon") for bits in (32, 16, 8)]
 
 
 @pytest.fixture(scope="module")
@@ -268,10 +268,11 @@ def test_specs_name_what_lies_on_disk(model: ModelConfig, name: str, bits: int) 
     big, small = "model.layers.1.mlp.up_proj.weight", "model.layers.1.self_attn.k_proj.weight"
     states = ("exp_avg", "exp_avg_sq") if name == "adamw" else ("momentum_buffer",)
     for state in states:
-        assert specs[f"{state}.{big}"] == ("U8" if bits == 8 else "F32", (100, 64))
+        assert specs[f"{state}.{big}"] == ({8: "U8", 16: "BF16", 32: "F32"}[bits], (100, 64))
         assert specs[f"{state}.{small}"] == ("F32", (32, 64))
         assert specs.get(f"{state}.{big}.absmax") == (("F32", (25,)) if bits == 8 else None)
-    assert specs["exp_avg_sq.model.embed_tokens.weight"] == ("F32", (64, 64))
+    embedding = specs["exp_avg_sq.model.embed_tokens.weight"]
+    assert embedding == ("BF16" if bits == 16 else "F32", (64, 64))
     assert (f"exp_avg.{big}" in specs) == (name == "adamw")
 
 

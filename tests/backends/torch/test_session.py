@@ -281,7 +281,8 @@ def test_engine_reads_the_live_weights(make_session: MakeSession, make_batch: Ma
 def test_settings_name_what_decides_bits(make_session: MakeSession) -> None:
     """A resume passes them back: it must get the same session."""
     session = make_session()
-    assert session.settings == {"compile": False, "threads": torch.get_num_threads()}
+    decided = {"compile": False, "master": "float32", "gradients": "float32"}
+    assert session.settings == {**decided, "threads": torch.get_num_threads()}
     assert make_session(backend_options=dict(session.settings)).settings == session.settings
 
 
