@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from solollm.commands import console, print_json
+from solollm.commands.supervised import is_supervised, supervise, supervised_option
 
 if TYPE_CHECKING:
     from solollm.pretraining import Preparation
@@ -44,11 +45,12 @@ _SHORTCUTS = {
 @click.option("--config", "config_path", type=click.Path(path_type=Path), help=".toml or .yaml")
 @click.option("--set", "overrides", multiple=True, metavar="TABLE.KEY=VALUE", help="Any setting.")
 @click.option("--backend", default="auto", show_default=True, help="auto, or the name of one.")
+@supervised_option
 @click.option("--dry-run", is_flag=True, help="Show what would be done; write nothing.")
 @click.option("--json", "as_json", is_flag=True, help="One line of JSON per row instead.")
 def command(
     run: Path | None, config_path: Path | None, overrides: tuple[str, ...], backend: str,
-    dry_run: bool, as_json: bool, **shortcuts: Any,
+    dry_run: bool, as_json: bool, supervised: bool | None, **shortcuts: Any,
 ) -> None:  # fmt: skip
     """Train a model from scratch, or from a checkpoint's weights.
 
@@ -69,6 +71,15 @@ def command(
         return
     if run is None:
         raise click.UsageError("give the new run a folder: --run runs/NAME")
+    if is_supervised(supervised):
+        words = ["--backend", backend, *(["--json"] if as_json else [])]
+        place = ["--config", str(config_path)] if config_path else []
+        settings = [word for item in (*given, *overrides) for word in ("--set", item)]
+        supervise(
+            run, ["pretrain", "--run", str(run), *place, *settings, *words],
+            ["resume", str(run), *words],
+        )  # fmt: skip
+        return
     result = pretrain(config, run, backend=backend, sinks=[sink_for(as_json=as_json)])
     if not as_json:
         show_result(result)

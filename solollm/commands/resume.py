@@ -8,6 +8,7 @@ import click
 
 from solollm.commands import print_json
 from solollm.commands.pretrain import say, show_result, sink_for
+from solollm.commands.supervised import is_supervised, memory_flags, supervise, supervised_option
 
 _EPILOG = """\b
 Examples:
@@ -23,8 +24,16 @@ Examples:
     "--corpus", type=click.Path(path_type=Path), help="Where its corpus lies now, if it was moved."
 )
 @click.option("--backend", default="auto", show_default=True, help="auto, or the name of one.")
+@click.option(
+    "--micro-batch-size", type=click.IntRange(1), help="Rows at once from here on; same batch."
+)
+@click.option("--activation-checkpointing", is_flag=True, help="From here on, to save memory.")
+@supervised_option
 @click.option("--json", "as_json", is_flag=True, help="One line of JSON per row instead.")
-def command(run: Path, corpus: Path | None, backend: str, as_json: bool) -> None:
+def command(
+    run: Path, corpus: Path | None, backend: str, micro_batch_size: int | None,
+    activation_checkpointing: bool, supervised: bool | None, as_json: bool,
+) -> None:  # fmt: skip
     """Continue an interrupted run from its newest intact checkpoint.
 
     On the same machine the result is what an undisturbed run would have given, bit for bit. On
@@ -34,7 +43,19 @@ def command(run: Path, corpus: Path | None, backend: str, as_json: bool) -> None
     """
     from solollm.pretraining import resume
 
-    result = resume(run, backend=backend, sinks=[sink_for(as_json=as_json)], corpus=corpus)
+    memory: dict[str, int | bool] = {}
+    if micro_batch_size:
+        memory["micro_batch_size"] = micro_batch_size
+    if activation_checkpointing:
+        memory["activation_checkpointing"] = True
+    if is_supervised(supervised):
+        words = ["resume", str(run), "--backend", backend, *(["--json"] if as_json else [])]
+        words += ["--corpus", str(corpus)] if corpus else []
+        supervise(run, [*words, *memory_flags(memory)], words)
+        return
+    result = resume(
+        run, backend=backend, sinks=[sink_for(as_json=as_json)], corpus=corpus, memory=memory
+    )
     is_over = result.start_step == result.step
     if as_json and is_over:
         print_json({"kind": "finish", "status": "finished", "step": result.step})
