@@ -17,7 +17,6 @@ import os
 import platform
 import subprocess
 import sys
-import sysconfig
 import venv
 from datetime import date
 from importlib.metadata import PackageNotFoundError, version
@@ -92,7 +91,9 @@ def bench_environment() -> Path:
     if not (folder / "solollm-bench").exists():
         venv.create(folder, with_pip=True, clear=True)
         site = next(folder.glob("lib/python*/site-packages"))
-        seen = [sysconfig.get_paths()["purelib"], str(ROOT), str(ROOT / "backends")]
+        # Not purelib alone: an interpreter may itself see packages of another one.
+        seen = [path for path in sys.path if path.endswith("-packages")]
+        seen += [str(ROOT), str(ROOT / "backends")]
         (site / "solollm-bench.pth").write_text("\n".join(seen) + "\n", encoding="utf-8")
         print(f"downloading {', '.join(PEERS)} (about 2 MB) into {folder.name}", flush=True)
         subprocess.run(

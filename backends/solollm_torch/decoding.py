@@ -12,7 +12,7 @@ import math
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import pairwise
+from itertools import chain, islice, pairwise
 from typing import NamedTuple
 
 import numpy as np
@@ -31,7 +31,8 @@ from solollm.engine_input import checked_prompt
 from solollm.errors import BackendError
 from solollm.sampling import choose, is_plain_greedy
 from solollm_torch.inference import Chunk, Group, InferenceModel, Rows
-from solollm_torch.kv_cache import KVCache, SlotTable
+from solollm_torch.kv_cache import KVCache
+from solollm_torch.prefix import LOOKED_AHEAD, SlotTable
 
 _SCORED_ROWS = 128  # prompt positions whose full logits are held at once
 
@@ -61,17 +62,22 @@ class TorchDecoder(Decoder):
     """The requests of one engine. Not to be used from two threads at once."""
 
     def __init__(
-        self, model: InferenceModel, options: EngineOptions, *, prefill_tokens: int
+        self,
+        model: InferenceModel,
+        options: EngineOptions,
+        *,
+        prefill_tokens: int,
+        prefix_slots: int = 0,
     ) -> None:
+        """`prefill_tokens`: prompt tokens read per step. `prefix_slots`: see `prefix`."""
         self._model = model
         self._options = options
         self._limit = options.max_seq_len
         self._vocab_size = options.vocab_size
         self._prefill_tokens = prefill_tokens
-        self._table = SlotTable(options.max_batch_size, options.max_seq_len)
-        self._cache = KVCache(
-            model.config, options.max_batch_size, options.max_seq_len, like=model.norm
-        )
+        num_slots = options.max_batch_size + prefix_slots
+        self._table = SlotTable(num_slots, options.max_seq_len)
+        self._cache = KVCache(model.config, num_slots, options.max_seq_len, like=model.norm)
         self._next_id = 0
         self._waiting: deque[_Sequence] = deque()
         self._reading: list[_Sequence] = []  # seated, part of the prompt still to be read
@@ -140,11 +146,15 @@ class TorchDecoder(Decoder):
     def _take_seats(self) -> None:
         """Slots for waiting requests, in order except for those that gain by waiting."""
         passed: list[_Sequence] = []
-        while self._waiting and not self._table.in_use.all():
+        while self._waiting and len(passed) < LOOKED_AHEAD:
+            if self._table.in_use.sum() == self._options.max_batch_size:
+                break
             sequence = self._waiting.popleft()
+            later = islice(chain(passed, self._waiting), LOOKED_AHEAD)
             slot = self._table.seat(
-                sequence.prompt, num_fed=sequence.num_fed,
-                is_scored=sequence.request.score_prompt, cache=self._cache,
+                sequence.prompt, [other.prompt for other in later], num_fed=sequence.num_fed,
+                is_scored=sequence.request.score_prompt,
+                is_patient=sequence.request.max_new_tokens == 0, cache=self._cache,
             )  # fmt: skip
             if slot is None:
                 passed.append(sequence)

@@ -1,7 +1,7 @@
 """An engine of PyTorch: weights ready to generate, from a checkpoint or of a live session.
 
-How requests run is in `decoding`, the forward pass in `inference`, the memory in `kv_cache`, the
-choice of a token in `solollm.sampling`.
+How requests run is in `decoding`, the forward pass in `inference`, the memory in `kv_cache`,
+what prompts share in `prefix`, the choice of a token in `solollm.sampling`.
 """
 
 from __future__ import annotations
@@ -25,14 +25,16 @@ from solollm_torch.model import Decoder
 _DTYPES: Mapping[str, torch.dtype] = {
     "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16,
 }  # fmt: skip
-_OPTIONS = ("pack", "prefill_tokens")
+_OPTIONS = ("pack", "prefill_tokens", "prefix_slots")
 
 
 class TorchEngine(Engine):
     """An engine over a decoder module, without a copy where the dtype is the module's own.
 
     `options.backend_options`: `pack` (bool, default off: copy the matrices into a layout that
-    generates faster on a CPU) and `prefill_tokens` (int: prompt tokens read per step).
+    generates faster on a CPU), `prefill_tokens` (int: prompt tokens read per step) and
+    `prefix_slots` (int, default 0: room in the cache for this many more sequences than run at once,
+    so that beginnings shared by later prompts are kept longer).
     """
 
     def __init__(self, decoder: Decoder, options: EngineOptions, *, release: bool = False) -> None:
@@ -48,6 +50,7 @@ class TorchEngine(Engine):
         default_tokens = 512 if self.device.type == "cpu" else 2048
         given = self.options.backend_options
         self.prefill_tokens = max(1, int(given.get("prefill_tokens", default_tokens)))
+        self.prefix_slots = max(0, int(given.get("prefix_slots", 0)))
         can_pack = (
             self.device.type == "cpu"
             and dtype == torch.float32
@@ -88,7 +91,12 @@ class TorchEngine(Engine):
         return cls(decoder, options, release=True)
 
     def open(self) -> TorchDecoder:
-        return TorchDecoder(self.inference, self.options, prefill_tokens=self.prefill_tokens)
+        return TorchDecoder(
+            self.inference,
+            self.options,
+            prefill_tokens=self.prefill_tokens,
+            prefix_slots=self.prefix_slots,
+        )
 
 
 def _preferred_dtype(device: torch.device) -> torch.dtype:
