@@ -79,7 +79,7 @@ class SlotTable:
         # The last common token is fed again: its output is what comes next.
         shared = int(usable[best]) - 1
         shared = shared if shared >= _WORTH_COPYING else 0
-        slot = int(min(free, key=lambda one: (self._wanted(one, waiting), self.left_at[one])))
+        slot = min(free.tolist(), key=lambda one: (self._wanted(one, waiting), self.left_at[one]))
         if shared and not self.in_use[best] and self._is_used_up(best, shared):
             slot = best
         elif is_patient and self.in_use.any() and self._wanted(slot, waiting) > shared:
