@@ -10,6 +10,7 @@ SoloLLM's own template is rendered in this process, and foreign ones in a confin
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from functools import cache
@@ -19,7 +20,8 @@ from solollm.confined import Confined, Refusal
 from solollm.errors import ConfigError, nearest
 
 ROLES = ("system", "user", "assistant")
-Message = Mapping[str, str]
+# {"role", "content"} as texts; where the template knows tools, `tool_calls` and the like too.
+Message = Mapping[str, Any]
 
 TEMPLATE = """\
 {{- bos_token -}}
@@ -71,21 +73,29 @@ class ChatTemplate:
             IntegrityError: a foreign template that fails, or exceeds its time, memory or output.
         """
         shielded = [_shielded(message, None) for message in self._checked(messages)]
-        return "".join(_mended(part) for part in self._pieces(shielded, add_generation_prompt, ""))
+        variables = {"messages": shielded, "add_generation_prompt": add_generation_prompt}
+        return "".join(_mended(part) for part in self._pieces(variables, ""))
 
     def parts(
         self,
         messages: Sequence[Message],
         add_generation_prompt: bool,
         special_tokens: Mapping[str, int],
+        *,
+        tools: Sequence[Mapping[str, Any]] = (),
     ) -> Iterator[Part]:
         """The conversation in pieces. Special tokens are recognised only where the template
-        wrote them: those inside messages are broken up before rendering and mended after."""
+        wrote them: those inside messages and tools are broken up before rendering and mended
+        after. `tools`: OpenAI's definitions, laid out by templates that know tools."""
         by_length = sorted(special_tokens, key=len, reverse=True)
         tokens = "|".join(re.escape(token) for token in by_length)
-        shielded = [_shielded(message, tokens) for message in self._checked(messages)]
+        variables = {
+            "messages": [_shielded(message, tokens) for message in self._checked(messages)],
+            "add_generation_prompt": add_generation_prompt,
+            "tools": [_shielded(tool, tokens) for tool in tools] or None,
+        }
         is_produced = False
-        for piece in self._pieces(shielded, add_generation_prompt, tokens):
+        for piece in self._pieces(variables, tokens):
             if piece in (_BEGIN, _END):
                 is_produced = piece == _BEGIN
             elif piece in special_tokens:
@@ -93,17 +103,8 @@ class ChatTemplate:
             elif piece:
                 yield Part(_mended(piece), False, is_produced)
 
-    def _pieces(
-        self, messages: Sequence[Message], add_generation_prompt: bool, tokens: str
-    ) -> list[str]:
-        request = {
-            "source": self.source,
-            "variables": {
-                **self._names,
-                "messages": messages,
-                "add_generation_prompt": add_generation_prompt,
-            },
-        }
+    def _pieces(self, variables: Mapping[str, Any], tokens: str) -> list[str]:
+        request = {"source": self.source, "variables": {**self._names, **variables}}
         try:
             rendered = self._child.ask(request) if self._child else render_request(request)
         except Refusal as refusal:
@@ -163,12 +164,16 @@ def _check_message(message: object, place: int, roles: Sequence[str]) -> None:
         )
 
 
-def _shielded(message: Message, tokens: str | None) -> Message:
-    """The message with this module's mark, and special tokens, made harmless."""
-    content = message["content"].replace(_MARK, _ITSELF)
-    if tokens:
-        content = re.sub(tokens, lambda match: match[0][0] + _BREAK + match[0][1:], content)
-    return {**message, "content": content}
+def _shielded(value: Any, tokens: str | None) -> Any:
+    """A message or tool in which this module's mark, and special tokens, are made harmless."""
+    if isinstance(value, str):
+        text = value.replace(_MARK, _ITSELF)
+        return re.sub(tokens, lambda m: m[0][0] + _BREAK + m[0][1:], text) if tokens else text
+    if isinstance(value, Mapping):
+        return {_shielded(k, tokens): _shielded(v, tokens) for k, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [_shielded(item, tokens) for item in value]
+    return value
 
 
 def _mended(piece: str) -> str:
@@ -203,6 +208,11 @@ def _compiled(source: str) -> Any:
     environment = ImmutableSandboxedEnvironment(
         trim_blocks=True, lstrip_blocks=True, extensions=[Generation, "jinja2.ext.loopcontrols"]
     )
+
+    def tojson(value: Any, **options: Any) -> str:
+        # Jinja's own escapes `<` and `&` for web pages, which models were not trained on.
+        return json.dumps(value, **{"ensure_ascii": False, **options})
+
     environment.globals["raise_exception"] = raise_exception
-    environment.policies["json.dumps_kwargs"] = {"ensure_ascii": False}
+    environment.filters["tojson"] = tojson
     return environment.from_string(source)

@@ -52,6 +52,32 @@ class TextCompletion:
     tokens: Completion
 
 
+@dataclass(frozen=True)
+class TextSide:
+    """What is known of a model without its weights; fields as in `TextModel`."""
+
+    checkpoint: Path
+    tokenizer: Tokenizer
+    is_chat: bool
+    stop_ids: frozenset[int]
+    notes: tuple[str, ...] = ()
+
+
+def read_text_side(path: Path) -> TextSide:
+    """The tokenizer and endings of a run folder or checkpoint folder; errors as in `open_model`."""
+    checkpoint, notes = find_checkpoint(path)
+    if not (checkpoint / "tokenizer.json").is_file():
+        raise ConfigError(
+            f"{checkpoint} holds no tokenizer",
+            why="without its tokenizer.json a model knows no text",
+            fix="copy the files of the tokenizer it was trained with into that folder",
+        )
+    tokenizer = Tokenizer.load(checkpoint)
+    ends = _generation_ends(checkpoint)
+    is_chat = tokenizer.end_id in ends and _has_chat_template(tokenizer)
+    return TextSide(checkpoint, tokenizer, is_chat, tokenizer.stop_ids | ends, notes)
+
+
 def open_model(
     path: Path, *, backend: str = "auto", options: EngineOptions | None = None
 ) -> TextModel:
@@ -62,25 +88,18 @@ def open_model(
         IntegrityError: damaged files.
         BackendError: no backend can run here.
     """
-    checkpoint, notes = find_checkpoint(path)
-    if not (checkpoint / "tokenizer.json").is_file():
-        raise ConfigError(
-            f"{checkpoint} holds no tokenizer",
-            why="without its tokenizer.json a model knows no text",
-            fix="copy the files of the tokenizer it was trained with into that folder",
-        )
-    tokenizer = Tokenizer.load(checkpoint)
+    side = read_text_side(path)
     selected = select_backend(backend)
-    options = options or EngineOptions(max_batch_size=1)
-    engine = selected.backend.engine(checkpoint, replace(options, vocab_size=tokenizer.vocab_size))
-    ends = _generation_ends(checkpoint)
+    options = replace(
+        options or EngineOptions(max_batch_size=1), vocab_size=side.tokenizer.vocab_size
+    )
     return TextModel(
-        engine=engine,
-        tokenizer=tokenizer,
-        checkpoint=checkpoint,
-        is_chat=tokenizer.end_id in ends and _has_chat_template(tokenizer),
-        stop_ids=tokenizer.stop_ids | ends,
-        notes=(*notes, selected.reason),
+        engine=selected.backend.engine(side.checkpoint, options),
+        tokenizer=side.tokenizer,
+        checkpoint=side.checkpoint,
+        is_chat=side.is_chat,
+        stop_ids=side.stop_ids,
+        notes=(*side.notes, selected.reason),
     )
 
 

@@ -75,17 +75,22 @@ def parse_json(
     """The value of strict JSON: valid UTF-8 without BOM, no key twice, finite numbers, integers of
     at most 32 digits and without a minus sign before zero. Raises IntegrityError."""
     try:
-        value = json.loads(
+        return strict_json(content)
+    except ValueError as error:
+        raise refused(path, place, str(error)[:200]) from None
+
+
+def strict_json(content: bytes | bytearray | memoryview) -> Any:
+    """`parse_json` of what came from elsewhere than a file. Raises ValueError."""
+    try:
+        return json.loads(
             str(content, "utf-8"),
             object_pairs_hook=_unique,
             parse_int=_integer,
             parse_constant=_no_constant,
         )
     except RecursionError:
-        raise refused(path, place, "is nested too deeply") from None
-    except ValueError as error:
-        raise refused(path, place, str(error)[:200]) from None
-    return value
+        raise ValueError("is nested too deeply") from None
 
 
 def encode_json(value: Any) -> bytes:

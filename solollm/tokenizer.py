@@ -172,12 +172,18 @@ class Tokenizer:
         return self.encode_chat(messages, add_generation_prompt)[0]
 
     def encode_chat(
-        self, messages: Sequence[Message], add_generation_prompt: bool = False
+        self,
+        messages: Sequence[Message],
+        add_generation_prompt: bool = False,
+        *,
+        tools: Sequence[Mapping[str, Any]] = (),
     ) -> tuple[list[int], list[bool]]:
         """Token ids of a conversation, and for each whether the assistant has to produce it."""
         ids: list[int] = []
         produced: list[bool] = []
-        for part in self.chat_template.parts(messages, add_generation_prompt, self._special):
+        for part in self.chat_template.parts(
+            messages, add_generation_prompt, self._special, tools=tools
+        ):
             new = [self._special[part.text]] if part.is_special else self.encode(part.text)
             ids += new
             produced += [part.is_produced] * len(new)

@@ -31,7 +31,7 @@ LAYERS = (
     "evaluation report held_out continuation completion dialogue",
     "workload trainer",
     "pretraining environments horizon starting_weights run_streams",
-    "export importing cargo packing far_side pushing testing resume_proof migration_proof"
+    "export importing serving cargo packing far_side pushing testing resume_proof migration_proof"
     " supervisor quickstart doctor benchmark",
     "commands",
     "cli",

@@ -1,0 +1,110 @@
+"""`solollm serve`: the terminal around `solollm.serving.server`."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from solollm.commands import console, print_json
+
+if TYPE_CHECKING:
+    from solollm.serving.server import Listening, ModelSource
+
+KEY_VARIABLE = "SOLOLLM_API_KEY"
+_EPILOG = """\b
+Examples:
+  solollm serve runs/first
+  solollm serve old=runs/first/checkpoints/step-00001000 new=runs/first --port 9000
+  solollm serve runs/first --host 0.0.0.0 --key-file key.txt --allow-host my-machine.local
+"""
+
+
+@click.command("serve", epilog=_EPILOG)
+@click.argument("models", nargs=-1, required=True, metavar="[NAME=]RUN_OR_CHECKPOINT...")
+@click.option("--host", default="127.0.0.1", show_default=True, help="Address to listen on.")
+@click.option("--port", type=click.IntRange(0, 65535), default=8000, show_default=True)
+@click.option("--backend", default="auto", show_default=True, help="auto, or the name of one.")
+@click.option(
+    "--key-file", type=click.Path(path_type=Path), help=f"Its first line; else ${KEY_VARIABLE}."
+)
+@click.option("--allow-host", "hosts", multiple=True, help="A name this machine is called by.")
+@click.option("--allow-origin", "origins", multiple=True, help="A web page's origin to let in.")
+@click.option("--max-batch-size", type=click.IntRange(1), default=16, show_default=True)
+@click.option("--max-seq-len", type=click.IntRange(0), default=0, help="0: the model's.")
+@click.option("--json", "as_json", is_flag=True, help="Say in JSON where it listens.")
+def command(
+    models: tuple[str, ...], host: str, port: int, backend: str, key_file: Path | None,
+    hosts: tuple[str, ...], origins: tuple[str, ...], max_batch_size: int, max_seq_len: int,
+    as_json: bool,
+) -> None:  # fmt: skip
+    """Serve models to programs that speak OpenAI's API, and to people in a browser.
+
+    Only this machine can reach the server unless --host says otherwise, and then a key of at least
+    32 characters is needed. Ctrl-C lets answers under way end.
+    """
+    from solollm.serving.access import AccessRules
+    from solollm.serving.server import ServeOptions, serve
+
+    rules = AccessRules(host=host, key=read_key(key_file), hosts=hosts, origins=origins)
+    options = ServeOptions(
+        access=rules, port=port, backend=backend, max_batch_size=max_batch_size,
+        max_seq_len=max_seq_len,
+    )  # fmt: skip
+    notices = console(stderr=True)
+    notices.print(f"loading {', '.join(models)}", style="dim", markup=False, soft_wrap=True)
+    serve(
+        [read_source(model) for model in models],
+        options,
+        on_ready=lambda listening: _show(listening, as_json, bool(rules.key)),
+    )
+
+
+def read_source(text: str) -> ModelSource:
+    """NAME=PATH, or a path; a path that exists wins."""
+    from solollm.serving.server import ModelSource
+
+    name, equals, path = text.partition("=")
+    if equals and name and not Path(text).exists():
+        return ModelSource(Path(path), name)
+    return ModelSource(Path(text))
+
+
+def read_key(file: Path | None) -> str:
+    """The key of a file's first line, else of the environment; empty: none.
+
+    Raises ConfigError for a file without one.
+    """
+    from solollm.errors import ConfigError
+
+    if file is None:
+        return os.environ.get(KEY_VARIABLE, "")
+    try:
+        lines = file.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"the key file {file} cannot be read", why=str(error)) from error
+    key = lines[0].strip() if lines else ""
+    if not key:
+        raise ConfigError(f"the key file {file} is empty", fix="write the key into its first line")
+    return key
+
+
+def _show(listening: Listening, as_json: bool, has_key: bool) -> None:
+    if as_json:
+        print_json(
+            {"url": listening.url, "models": listening.models, "notes": listening.notes}
+        )  # fmt: skip
+        return
+    terminal = console(stderr=True)
+    for note in listening.notes:
+        terminal.print(note, style="dim", markup=False, soft_wrap=True)
+    key = " -H 'Authorization: Bearer KEY'" if has_key else ""
+    example = (
+        f"curl {listening.url}/v1/chat/completions -H 'Content-Type: application/json'{key} -d"
+        f' \'{{"model": "{listening.models[0]}", "messages": [{{"role": "user", "content":'
+        ' "Hello"}]}\''
+    )
+    terminal.print(f"serving {', '.join(listening.models)} at {listening.url}", markup=False)
+    terminal.print(example, style="dim", markup=False, soft_wrap=True)

@@ -1,0 +1,207 @@
+"""Serving models: from folders to a listening server, and its end.
+
+`serve` blocks; `start_serving` is the same on a running event loop. The socket listens from the
+beginning, so that `/health` can say that models are still loading; a model that cannot be loaded
+ends the server with its error.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import socket
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import uvicorn
+
+from solollm.completion import TextSide, read_text_side
+from solollm.errors import ConfigError
+from solollm.serving.access import AccessRules
+from solollm.serving.app import Front, build_app
+from solollm.serving.built_in import BuiltInEngine
+from solollm.serving.catalogue import Catalogue, ServedModel
+from solollm.serving.connections import protocol_class
+from solollm.serving.limits import Limits
+from solollm.serving.metrics import Metrics
+from solollm.serving.text_filter import FilterFactory
+from solollm.serving.token_engine import TokenEngine
+from solollm.serving.tool_calls import tool_style
+
+_BACKLOG = 2048
+
+
+@dataclass(frozen=True)
+class ServeOptions:
+    """How models are served.
+
+    Attributes:
+        port: 0: any free one.
+        backend: of the built-in engine: auto, torch, mlx.
+        max_seq_len: tokens of prompt and answer together; 0: the model's.
+        filters: see `text_filter`.
+    """
+
+    access: AccessRules = field(default_factory=AccessRules)
+    port: int = 8000
+    backend: str = "auto"
+    max_batch_size: int = 16
+    max_seq_len: int = 0
+    limits: Limits = field(default_factory=Limits)
+    filters: FilterFactory | None = None
+
+
+@dataclass(frozen=True)
+class ModelSource:
+    """A run or checkpoint folder and the name it is served under (empty: the folder's)."""
+
+    path: Path
+    name: str = ""
+
+
+@dataclass(frozen=True)
+class Listening:
+    """Where a server is reached, what it offers, and notes for whoever started it."""
+
+    url: str
+    models: tuple[str, ...]
+    notes: tuple[str, ...]
+
+
+def serve(
+    sources: Sequence[ModelSource],
+    options: ServeOptions,
+    *,
+    on_ready: Callable[[Listening], None],
+) -> None:
+    """Serve until SIGINT or SIGTERM, which let answers under way end.
+
+    Raises:
+        ConfigError, IntegrityError, BackendError: a model that cannot be served, or a taken port.
+    """
+    asyncio.run(start_serving(sources, options, on_ready=on_ready))
+
+
+async def start_serving(
+    sources: Sequence[ModelSource],
+    options: ServeOptions,
+    *,
+    on_ready: Callable[[Listening], None],
+    until: asyncio.Event | None = None,
+) -> None:
+    """`serve` on a running loop; setting `until` ends it as SIGTERM does."""
+    catalogue, notes = open_catalogue(sources, options)
+    front = Front(catalogue, options.limits, Metrics(), options.filters)
+    sock = _listen(options.access.host, options.port)
+    server = _server(front, options)
+    engines = catalogue.engines
+    loading = asyncio.create_task(_start(engines))
+    loading.add_done_callback(lambda done: _loaded(done, server, on_ready, sock, catalogue, notes))
+    ending = asyncio.create_task(_end_when(until, server))
+    try:
+        await server.serve(sockets=[sock])
+        if loading.done():
+            loading.result()
+    finally:
+        ending.cancel()
+        loading.cancel()
+        with contextlib.suppress(asyncio.CancelledError, Exception):
+            await loading
+        await asyncio.gather(*(engine.stop() for engine in engines.values()))
+        sock.close()
+
+
+def open_catalogue(
+    sources: Sequence[ModelSource], options: ServeOptions
+) -> tuple[Catalogue, tuple[str, ...]]:
+    """The models of some folders, each behind an engine that is not started yet; and notes."""
+    models: list[ServedModel] = []
+    notes: list[str] = []
+    for source in sources:
+        side = read_text_side(source.path)
+        name = source.name or _name_of(source.path)
+        if any(model.name == name for model in models):
+            raise ConfigError(
+                f"two models would be called {name!r}", fix="name them: NAME=RUN_OR_CHECKPOINT"
+            )
+        models.append(_served(name, side, _engine(side, options)))
+        notes += side.notes
+    return Catalogue(models), tuple(notes)
+
+
+def _served(name: str, side: TextSide, engine: TokenEngine) -> ServedModel:
+    try:
+        template = side.tokenizer.chat_template.source
+    except ConfigError:  # a base model's tokenizer may have none
+        template = ""
+    return ServedModel(
+        name=name, root=name, engine=engine, tokenizer=side.tokenizer, checkpoint=side.checkpoint,
+        stop_ids=side.stop_ids, is_chat=side.is_chat, tools=tool_style(template),
+    )  # fmt: skip
+
+
+def _engine(side: TextSide, options: ServeOptions) -> TokenEngine:
+    settings = {
+        "backend": options.backend,
+        "options": {
+            "max_batch_size": options.max_batch_size, "max_seq_len": options.max_seq_len,
+        },
+    }  # fmt: skip
+    return BuiltInEngine(side.checkpoint, settings, options.limits)
+
+
+def _name_of(path: Path) -> str:
+    """A run's name; of a checkpoint within a run, `run-step`."""
+    folder = path.resolve()
+    if folder.parent.name == "checkpoints":
+        return f"{folder.parent.parent.name}-{folder.name}"
+    return folder.name
+
+
+def _listen(host: str, port: int) -> socket.socket:
+    try:
+        family = socket.AF_INET6 if ":" in host else socket.AF_INET
+        return socket.create_server((host.strip("[]"), port), family=family, backlog=_BACKLOG)
+    except OSError as error:
+        raise ConfigError(
+            f"cannot listen on {host}:{port}", why=str(error.strerror or error),
+            fix="give another --port (0: any free one), or stop what uses it",
+        ) from error  # fmt: skip
+
+
+def _server(front: Front, options: ServeOptions) -> uvicorn.Server:
+    limits = options.limits
+    config = uvicorn.Config(
+        build_app(front, options.access), http=protocol_class(limits), ws="none", lifespan="off",
+        loop="asyncio", log_config=None, access_log=False, server_header=False,
+        proxy_headers=False, h11_max_incomplete_event_size=limits.max_header_bytes,
+        timeout_graceful_shutdown=max(1, round(limits.drain_seconds)),
+    )  # fmt: skip
+    return uvicorn.Server(config)
+
+
+async def _start(engines: Mapping[str, TokenEngine]) -> None:
+    await asyncio.gather(*(engine.start() for engine in engines.values()))
+
+
+def _loaded(  # sizes: a callback, whose one caller is beside it
+    done: asyncio.Task[None], server: uvicorn.Server, on_ready: Callable[[Listening], None],
+    sock: socket.socket, catalogue: Catalogue, notes: Sequence[str],
+) -> None:  # fmt: skip
+    if done.cancelled():
+        return
+    if done.exception() is not None:
+        server.should_exit = True
+        return
+    host, port = sock.getsockname()[:2]
+    address = f"[{host}]" if ":" in host else host
+    devices = [f"{name}: {e.info.name}, {e.info.device}" for name, e in catalogue.engines.items()]
+    names = tuple(model.name for model in catalogue)
+    on_ready(Listening(f"http://{address}:{port}", names, (*notes, *devices)))
+
+
+async def _end_when(until: asyncio.Event | None, server: uvicorn.Server) -> None:
+    if until is not None:
+        await until.wait()
+        server.should_exit = True

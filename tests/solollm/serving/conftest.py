@@ -1,0 +1,140 @@
+"""A real server over a tiny model: on a thread of this process, its workers in their own."""
+
+from __future__ import annotations
+
+import asyncio
+import importlib.util
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from solollm.architecture import ModelConfig, parameter_table
+from solollm.backend import HostTensor
+from solollm.checkpoint import save_checkpoint
+from solollm.serving.access import AccessRules
+from solollm.serving.server import Listening, ModelSource, ServeOptions, start_serving
+from solollm.testing.snapshots import ArraySnapshot, state_at
+from solollm.tokenizer import Tokenizer
+from solollm.tokenizer_training import train_tokenizer
+
+NAME = "tiny"
+_START_SECONDS = 120
+
+# As Hermes and Qwen lay tools out, in short.
+TOOL_TEMPLATE = """\
+{{- bos_token -}}
+{%- if tools -%}
+<|system|>{%- for tool in tools -%}{{- tool | tojson -}}{%- endfor -%}
+Write calls as <tool_call>{"name": ..., "arguments": ...}</tool_call><|end|>
+{%- endif -%}
+{%- for message in messages -%}
+{{- '<|' + message.role + '|>' + message.content -}}
+{%- for call in message.tool_calls or [] -%}<tool_call>{{- call.function | tojson -}}</tool_call>
+{%- endfor -%}
+{{- '<|end|>' -}}
+{%- endfor -%}
+{%- if add_generation_prompt -%}{{- '<|assistant|>' -}}{%- endif -%}
+"""
+
+
+class RunningServer:
+    """`start_serving` on a thread, until `close`."""
+
+    def __init__(self, sources: Sequence[ModelSource], options: ServeOptions) -> None:
+        self._ready: threading.Event = threading.Event()
+        self._error: BaseException | None = None
+        self._listening: Listening | None = None
+        self._arguments = (sources, options)
+        self._thread = threading.Thread(target=self._run)
+        self._thread.start()
+        assert self._ready.wait(_START_SECONDS), "the server did not come up"
+        if self._error is not None:
+            raise self._error
+
+    @property
+    def url(self) -> str:
+        assert self._listening is not None
+        return self._listening.url
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        assert self._listening is not None
+        return self._listening.notes
+
+    def close(self) -> None:
+        self._loop.call_soon_threadsafe(self._until.set)
+        self._thread.join(60)
+        assert not self._thread.is_alive(), "the server did not end"
+        if self._error is not None:
+            raise self._error
+
+    def _run(self) -> None:
+        try:
+            asyncio.run(self._serve())
+        except BaseException as error:
+            self._error = error
+        finally:
+            self._ready.set()
+
+    async def _serve(self) -> None:
+        self._loop, self._until = asyncio.get_running_loop(), asyncio.Event()
+        sources, options = self._arguments
+        await start_serving(sources, options, on_ready=self._note, until=self._until)
+
+    def _note(self, listening: Listening) -> None:
+        self._listening = listening
+        self._ready.set()
+
+
+@pytest.fixture(scope="session")
+def served_tokenizer() -> Tokenizer:
+    """300 ids (padded to 320), with a template that knows tools."""
+    texts = [f"def number_{n}():\n    value = {n} + {n % 7}\n    return value\n" for n in range(40)]
+    files = train_tokenizer(texts, 300).files()
+    return Tokenizer({**files, "chat_template.jinja": TOOL_TEMPLATE.encode()})
+
+
+@pytest.fixture(scope="session")
+def served_checkpoint(
+    tmp_path_factory: pytest.TempPathFactory, served_tokenizer: Tokenizer
+) -> Path:
+    """A model of random weights, large enough that its tokens depend on all that came before."""
+    model = ModelConfig(
+        vocab_size=served_tokenizer.padded_vocab_size, hidden_size=64, intermediate_size=128,
+        num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
+        max_position_embeddings=512,
+    )  # fmt: skip
+    rng = np.random.default_rng(0)
+    snapshot = ArraySnapshot(model)
+    for spec in parameter_table(model):
+        values = rng.standard_normal(spec.shape, np.float32) * np.float32(0.15)
+        snapshot.weights[spec.name] = HostTensor.of(values + np.float32(len(spec.shape) == 1))
+    return save_checkpoint(
+        tmp_path_factory.mktemp("served"), model=model, snapshot=snapshot, state=state_at(10),
+        tokenizer_files=served_tokenizer.files(), token_ids=served_tokenizer.token_ids,
+    )  # fmt: skip
+
+
+@pytest.fixture(scope="session")
+def serving(served_checkpoint: Path) -> Iterator[Callable[..., RunningServer]]:
+    """Starts servers over the tiny model by backend name and changed options; each once."""
+    running: dict[str, RunningServer] = {}
+
+    def start(backend: str, **changes: object) -> RunningServer:
+        key = f"{backend} {changes}"
+        if key not in running:
+            if importlib.util.find_spec({"mlx": "mlx_lm"}.get(backend, backend)) is None:
+                pytest.skip(f"{backend} is not installed")
+            options = replace(
+                ServeOptions(access=AccessRules(), port=0, backend=backend), **changes
+            )
+            running[key] = RunningServer([ModelSource(served_checkpoint, NAME)], options)
+        return running[key]
+
+    yield start
+    for server in running.values():
+        server.close()
