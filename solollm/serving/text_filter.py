@@ -69,7 +69,7 @@ class StopStrings(TextFilter):
 
 
 class FilterChain:
-    """Several filters as one; `stopped` is the reason for which the shown text ends where it does."""
+    """Several filters as one; `stopped` says why the shown text ends where it does."""
 
     def __init__(self, filters: Sequence[TextFilter]) -> None:
         self._filters = tuple(filters)
