@@ -65,6 +65,7 @@ class TorchBackend(Backend):
             objectives=("lm",),
             optimizers=("adamw", "muon"),
             state_bits=(32, 16, 8),
+            adapters=("lora", "qlora-nf4") if find_spec("bitsandbytes") else ("lora",),
             versions={"torch": torch.__version__, "python": platform.python_version()},
         )
 
@@ -86,10 +87,12 @@ class TorchBackend(Backend):
     def train_session(
         self, model: ModelConfig, options: SessionOptions, plan: Plan
     ) -> TorchSession:
+        from solollm_torch.adapter_session import AdapterSession
         from solollm_torch.session import TorchSession
 
         _check_version()
-        return TorchSession(model, options, plan, _device())
+        kind = TorchSession if options.adapter is None else AdapterSession
+        return kind(model, options, plan, _device())
 
     def ranks(self) -> Ranks:
         from solollm_torch.ranks import TorchRanks, launched

@@ -194,14 +194,30 @@ def _layer(block: Block, dtype: torch.dtype, pack: bool) -> _Layer:
 
     return _Layer(
         block.input_layernorm.detach().to(dtype),
-        _product(block.qkv_proj, dtype, pack),
+        _projection(block, "qkv_proj", dtype, pack),
         vector(block.q_norm),
         vector(block.k_norm),
-        _product(block.o_proj, dtype, pack),
+        _projection(block, "o_proj", dtype, pack),
         block.post_attention_layernorm.detach().to(dtype),
-        _product(block.gate_up_proj, dtype, pack),
-        _product(block.down_proj, dtype, pack),
+        _projection(block, "gate_up_proj", dtype, pack),
+        _projection(block, "down_proj", dtype, pack),
     )
+
+
+def _projection(block: Block, stored: str, dtype: torch.dtype, pack: bool) -> Product:
+    """One of a block's stored matrices, with its adapter where it has one: that of a session, whose
+    factors are read as they are at each call."""
+    adapted = block.adapted.get(stored)
+    if adapted is None:
+        return _product(getattr(block, stored), dtype, pack)
+    base = _product(adapted.base.weight(), dtype, pack)
+
+    def product(x: Tensor) -> Tensor:
+        out = base(x)
+        adapted.add_to(out, x)
+        return out
+
+    return product
 
 
 def _product(weight: Tensor, dtype: torch.dtype, pack: bool) -> Product:

@@ -13,6 +13,7 @@ F intermediate size, V vocabulary, L layers.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -57,6 +58,14 @@ class Block(nn.Module):
         self.post_attention_layernorm = empty(hidden)
         self.gate_up_proj = empty(2 * inter, hidden)
         self.down_proj = empty(hidden, inter)
+        self.adapted: dict[str, Any] = {}  # stored name -> `adapter.AdaptedMatrix`
+
+    def project(self, x: Tensor, stored: str) -> Tensor:
+        """x [..., in] by one of the stored matrices, or what an adapter has put in its place."""
+        if stored in self.adapted:
+            adapted: Tensor = self.adapted[stored](x)
+            return adapted
+        return linear(x, getattr(self, stored))
 
     def heads(self, x: Tensor, rotary: Rotary) -> tuple[Tensor, Tensor, Tensor]:
         """From the residual stream [B, T, C] to q [B, H, T, D], k and v [B, K, T, D].
@@ -65,7 +74,7 @@ class Block(nn.Module):
         each [T, D/2], or [B, T, D/2] where rows stand at different positions (decoding).
         """
         x = rms_norm(x, self.input_layernorm, self.eps)  # [B, T, C]
-        qkv = linear(x, self.qkv_proj)  # [B, T, (H + 2 K) D]
+        qkv = self.project(x, "qkv_proj")  # [B, T, (H + 2 K) D]
         qkv = qkv.view(*x.shape[:-1], -1, self.head_dim)  # [B, T, H + 2 K, D]
         norms = None
         if self.q_norm is not None and self.k_norm is not None:
@@ -75,13 +84,13 @@ class Block(nn.Module):
     def merge(self, x: Tensor, attended: Tensor) -> Tensor:
         """Add the attention output [B, H, T, D] to the residual stream [B, T, C]."""
         attended = attended.transpose(1, 2).flatten(2)  # [B, T, H D], without a copy
-        return x + linear(attended, self.o_proj)  # [B, T, C]
+        return x + self.project(attended, "o_proj")  # [B, T, C]
 
     def feed_forward(self, x: Tensor) -> Tensor:
         """Add the SwiGLU network's output to the residual stream [B, T, C]."""
         normed = rms_norm(x, self.post_attention_layernorm, self.eps)  # [B, T, C]
-        gate_up = linear(normed, self.gate_up_proj)  # [B, T, 2 F]
-        return x + linear(swiglu(gate_up), self.down_proj)  # [B, T, C]
+        gate_up = self.project(normed, "gate_up_proj")  # [B, T, 2 F]
+        return x + self.project(swiglu(gate_up), "down_proj")  # [B, T, C]
 
     def forward(self, x: Tensor, rotary: Rotary, segments: Segments | None) -> Tensor:
         """[B, T, C] to [B, T, C]."""

@@ -176,12 +176,14 @@ class _RMSNorm(Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor | None, None]:
         x, weight, inverse = ctx.saved_tensors
         wide, grad, size = x.float(), grad.float(), x.shape[-1]
         both = (grad * wide).reshape(-1, size)  # [N, C]
-        column = inverse.reshape(-1, 1)  # [N, 1]
-        grad_weight = torch.mm(column.t(), both).view(size)
+        grad_weight = None
+        if ctx.needs_input_grad[1]:
+            column = inverse.reshape(-1, 1)  # [N, 1]
+            grad_weight = torch.mm(column.t(), both).view(size)
         along = torch.mv(both, weight.float()).view(inverse.shape)  # [..., 1]: <grad * weight, x>
         along.mul_(inverse).mul_(inverse).mul_(inverse).div_(-size)
         grad_x = (grad * weight).mul_(inverse).addcmul_(wide, along)

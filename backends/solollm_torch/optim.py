@@ -16,7 +16,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from solollm.architecture import ModelConfig, ParameterSpec, parameter_table
+from solollm.adapters import AdapterOptions, trained_table
+from solollm.architecture import ModelConfig, ParameterSpec
 from solollm.backend import DType, TensorSource
 from solollm.config import OptimizerTable
 from solollm.optim_codec import State
@@ -56,6 +57,7 @@ class Optimizer:
         *,
         model: ModelConfig,
         table: OptimizerTable,
+        adapter: AdapterOptions | None = None,
         residuals: Mapping[str, Tensor] | None = None,
         states: Mapping[str, Tensor] | None = None,
         seed: int = 0,
@@ -65,12 +67,13 @@ class Optimizer:
         Args:
             parameters: canonical name -> contiguous master (or a view), float32 or bfloat16; the
                 model's other parameters are somebody else's.
+            adapter: the parameters are those of this adapter of the model.
             residuals: int16, for bfloat16 masters that are split (`split_master`); a bfloat16
                 master without one is rounded stochastically.
             states: where the states lie, by their name on disk; None: new, zero.
             seed: of stochastic rounding.
         """
-        specs = [spec for spec in parameter_table(model) if spec.name in parameters]
+        specs = [spec for spec in trained_table(model, adapter) if spec.name in parameters]
         self._parameters, self._table = dict(parameters), table
         if states is None:
             states = zero_states(specs, table, {n: p.device for n, p in parameters.items()})

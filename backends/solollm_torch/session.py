@@ -4,7 +4,8 @@ A step has two halves. `train_step` queues forward and backward; the update is s
 metrics are asked for, or before anything else is done with the session. Only settling waits for the
 device (it must know whether the step was finite), so the host prepares the next batch meanwhile.
 
-The optimizer is `optim`, the decoder `model`, the loss `loss`, the bits on the host `state`.
+The optimizer is `optim`, the decoder `model`, the loss `loss`, the bits on the host `state`; a
+frozen base with an adapter is `adapter_session`.
 
 Shapes: B rows of the global batch, M of a micro-batch, T positions, C hidden size.
 """
@@ -325,12 +326,11 @@ class TorchSession(TrainSession):
 
 
 def _refuse_unsupported(options: SessionOptions, plan: Plan) -> None:
-    if options.objective != "lm" or options.adapter is not None:
+    if options.objective != "lm":
         raise BackendError(
-            f"the torch backend has no objective {options.objective!r} with adapter"
-            f" {options.adapter!r}",
-            why="it trains all parameters on the language-model loss",
-            fix="use objective `lm` without an adapter",
+            f"the torch backend has no objective {options.objective!r}",
+            why="it trains on the language-model loss",
+            fix="use objective `lm`",
         )
     if plan.compute_dtype not in DTYPES:
         raise BackendError(

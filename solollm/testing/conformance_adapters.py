@@ -31,7 +31,7 @@ from solollm.testing.bench import (
 )
 from solollm.testing.conformance_state import take_over, wrong_parameters_are_named_in
 
-QUANTISED_BAND = 0.2  # nats per token: 4 bits of this small model's matrices, see below
+ALIKE = 0.9  # what 4 bits leave of this small model's log-probabilities; misplaced rows: about 0
 
 
 def adapters_start_at_the_cores_values(bench: Bench) -> None:
@@ -53,9 +53,13 @@ def a_fresh_adapter_changes_nothing(bench: Bench) -> None:
     base = session.token_logprobs(batch, adapter=False)
     np.testing.assert_allclose(with_adapter, base, rtol=0, atol=1e-6)
     plain = replace(bench, adapter=None).lively_session().token_logprobs(batch)
-    quantised = bench.adapter is not None and bench.adapter.base_bits is not None
-    far = float(np.abs(base - plain)[batch.labels >= 0].mean())
-    require(far <= (QUANTISED_BAND if quantised else 1e-5), f"the base is off by {far:.2e} nats")
+    is_target = batch.labels >= 0
+    if bench.adapter is not None and bench.adapter.base_bits is not None:
+        alike = float(np.corrcoef(base[is_target], plain[is_target])[0, 1])
+        require(alike > ALIKE, f"the quantised base correlates by {alike:.3f} with what it was")
+    else:
+        far = float(np.abs(base - plain).max())
+        require(far <= 1e-5, f"the base is off by {far:.2e} nats")
 
 
 def adapters_learn_and_the_base_stays(bench: Bench) -> None:

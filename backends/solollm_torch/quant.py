@@ -1,0 +1,92 @@
+"""Frozen weights in 4 bits: bitsandbytes' NF4 with double quantisation, the same on CPU and CUDA.
+
+A block of 64 neighbours shares one largest magnitude; the codes are 16 levels of a normal
+distribution, and the magnitudes themselves are stored in 8 bits in blocks of 256 (QLoRA, Dettmers
+et al. 2023, arXiv:2305.14314): 4.13 bits per weight. The codec in NumPy, which an export uses
+where no torch is, is `solollm.nf4_codec`; what is computed with such weights is in `adapter`.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+from importlib.util import find_spec
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from solollm.errors import BackendError
+
+BLOCK_SIZE = 64
+
+
+class Nf4Matrix:
+    """One canonical matrix [out, in] in codes."""
+
+    def __init__(self, shape: tuple[int, ...], device: torch.device, dtype: torch.dtype) -> None:
+        """`dtype`: what it is decoded to."""
+        require_bitsandbytes()
+        self.shape = shape
+        self._device, self._dtype = device, dtype
+        self._codes: Tensor | None = None
+        self._state: Any = None  # bitsandbytes has no types
+
+    def encode(self, weight: Tensor) -> None:
+        """Quantise `weight`, of any float dtype; it is widened to fp32 first, so that the codes do
+        not depend on where it comes from."""
+        from bitsandbytes.functional import quantize_4bit
+
+        wide = weight.to(self._device, torch.float32).contiguous()
+        self._codes, self._state = quantize_4bit(
+            wide, blocksize=BLOCK_SIZE, compress_statistics=True, quant_type="nf4"
+        )
+        self._state.dtype = self._dtype
+
+    def decode_into(self, out: Tensor) -> None:
+        """Write the weights into `out`, [out, in], contiguous, of the dtype given at the start."""
+        from bitsandbytes.functional import dequantize_4bit
+
+        assert self._codes is not None, "a base is imported before it is used"
+        if out.device.type != "cpu":
+            dequantize_4bit(self._codes, self._state, out=out)
+        elif out.dtype == torch.float32 and out.numel() % BLOCK_SIZE == 0:
+            self._decode_pairs(self._codes, out)
+        else:  # bitsandbytes writes into given memory on CUDA only
+            out.copy_(dequantize_4bit(self._codes, self._state))
+
+    def _decode_pairs(self, codes: Tensor, out: Tensor) -> None:
+        """The same bits on the CPU: one look-up gives the two weights of a byte, in place."""
+        from bitsandbytes.functional import dequantize_blockwise
+
+        state = self._state
+        scales = dequantize_blockwise(state.absmax, state.state2).add_(state.offset)
+        pairs, bits = _pairs(tuple(state.code.tolist())), out.view(-1).view(torch.int64)
+        torch.index_select(pairs, 0, codes.view(-1).int(), out=bits)
+        out.view(-1, BLOCK_SIZE).mul_(scales[:, None])
+
+    @property
+    def num_bytes(self) -> int:
+        """Of codes and statistics."""
+        if self._codes is None:
+            return 0
+        state = self._state
+        tensors = (self._codes, state.absmax, state.state2.absmax)
+        return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+
+
+@cache
+def _pairs(levels: tuple[float, ...]) -> Tensor:
+    """int64 [256]: for every byte the bits of the two fp32 levels that its halves stand for."""
+    values = torch.tensor(levels)
+    both = torch.stack((values.repeat_interleave(16), values.repeat(16)), dim=1)  # [256, 2]
+    return both.view(torch.int64).view(-1)
+
+
+def require_bitsandbytes() -> None:
+    """Raise BackendError where bitsandbytes is not installed."""
+    if find_spec("bitsandbytes") is None:
+        raise BackendError(
+            "QLoRA on PyTorch needs bitsandbytes, which is not installed",
+            why="the frozen base is held in its NF4 codes",
+            fix="pip install 'solollm[qlora]', or use --method lora",
+        )
