@@ -1,4 +1,4 @@
-"""Training an adapter over a frozen base: `session`'s step over what `adapter` makes of the model."""
+"""Training an adapter over a frozen base: the step of `session` over what `adapter` makes."""
 
 from __future__ import annotations
 
