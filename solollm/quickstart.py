@@ -13,13 +13,11 @@ from __future__ import annotations
 import json
 import os
 import signal
-import subprocess
-import sys
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 from solollm.architecture import ModelConfig
 from solollm.backend import EngineOptions, Request, SamplingParams
@@ -35,12 +33,14 @@ from solollm.errors import ConfigError, DataError, IntegrityError, SoloLLMError
 from solollm.generation import generate
 from solollm.hardware import read_machine
 from solollm.horizon import Shape, seconds_per_step
+from solollm.quickstart_move import RoundTrip, move_and_back
 from solollm.registry import Selected, select_backend
 from solollm.runs import Run
+from solollm.story import Narrator, start
 from solollm.tokenizer import Tokenizer
 
 VOCAB_SIZE = 2048
-TRAINING_SECONDS = 140.0
+TRAINING_SECONDS = 120.0
 _LEARNING_RATE = 6e-3  # peak at a width of 128; narrower models take more, wider ones less
 _ROWS, _SEQ_LEN = 4, 256
 _DEPTHS = (2, 3, 4, 6, 8, 12)
@@ -48,16 +48,6 @@ _TOKENS_PER_PARAMETER = 4  # at such budgets tokens decide, not size: docs/resul
 _SAVES = 12
 _POLL_SECONDS = 0.2
 PROMPTS = ("def read", "import ", 'class Queue:\n    """', "# Return the")
-
-
-class Narrator(Protocol):
-    """Where the story is told."""
-
-    def stage(self, title: str, why: str) -> None: ...
-    def say(self, text: str) -> None: ...
-    def command(self, arguments: Sequence[str]) -> None: ...
-    def table(self, title: str, rows: Sequence[tuple[str, str]]) -> None: ...
-    def text(self, prompt: str, continuation: str) -> None: ...
 
 
 @dataclass(frozen=True)
@@ -114,12 +104,13 @@ def quickstart(
     _train_and_kill(narrator, folder, run, steps)
     proof = _resume(narrator, folder, run)
     measured = _held_out(run)
+    trip = move_and_back(narrator, folder, run, selected.backend.name)
     _complete(narrator, run, selected)
     result = QuickstartResult(
         folder, run, measured[-1], measured[0], steps, model.num_parameters(), proof.identical,
         time.monotonic() - begun,
     )  # fmt: skip
-    _summarize(narrator, result, report, proof)
+    _summarize(narrator, result, report, proof=proof, trip=trip)
     if not proof.identical:
         raise IntegrityError(
             f"the resumed run is not what the killed one was at step {proof.step}",
@@ -212,6 +203,7 @@ def _config(folder: Path, shape: Shape, steps: int) -> RunConfig:
     every = max(2, steps // _SAVES)
     return parse_config(
         {
+            "log": {"every_steps": 10 if steps >= 600 else 1},
             "model": {"config": shape.model.model_dump()},
             "data": {"corpus": str(folder / "corpus"), "seq_len": shape.seq_len},
             "optimizer": {"name": "muon", "lr": shape.lr},
@@ -228,7 +220,8 @@ def _train_and_kill(narrator: Narrator, folder: Path, run: Path, steps: int) -> 
     narrator.stage("Training, until the power fails", "half-way the process is killed (SIGKILL)")
     arguments = ["pretrain", "--config", str(folder / "quickstart.toml"), "--run", str(run)]
     narrator.command(arguments)
-    child = _start(arguments)
+    # A supervisor would bring it back to life.
+    child = start([*arguments, "--unsupervised"])
     half = max(1, steps // 2)
     try:
         while child.poll() is None and not _ready_to_die(run, half):
@@ -268,7 +261,7 @@ def _resume(narrator: Narrator, folder: Path, run: Path) -> _Proof:
     newest.rename(evidence / newest.name)
     arguments = ["resume", str(run)]
     narrator.command(arguments)
-    child = _start(arguments)
+    child = start(arguments)
     remade: dict[str, Any] = {}
     while child.poll() is None:
         remade = remade or _certificate(newest)
@@ -294,10 +287,6 @@ def _certificate(checkpoint: Path) -> dict[str, Any]:
     except (OSError, ValueError):
         return {}
     return loaded
-
-
-def _start(arguments: Sequence[str]) -> subprocess.Popen[bytes]:
-    return subprocess.Popen([sys.executable, "-m", "solollm", *arguments])
 
 
 def _held_out(run: Path) -> list[float]:
@@ -327,10 +316,14 @@ def _complete(narrator: Narrator, run: Path, selected: Selected) -> None:
 
 
 def _summarize(
-    narrator: Narrator, result: QuickstartResult, report: CorpusReport, proof: _Proof
-) -> None:
+    narrator: Narrator, result: QuickstartResult, report: CorpusReport, *, proof: _Proof,
+    trip: RoundTrip | None,
+) -> None:  # fmt: skip
     narrator.stage("Done", "what was reached, what it is worth, what to type next")
     same = "yes, bit for bit" if proof.identical else "NO"
+    moved = "left out: one backend here"
+    if trip is not None:
+        moved = f"{trip.home} -> {trip.abroad} -> {trip.home}, losses within {trip.deviation:.0e}"
     narrator.table(
         "summary",
         [
@@ -345,6 +338,7 @@ def _summarize(
                 f"{result.first_bits_per_byte:.2f} -> {result.bits_per_byte:.2f}",
             ),
             ("killed and resumed to the same state", same),
+            ("moved", moved),
             ("time", f"{result.seconds / 60:.1f} minutes"),
             ("report", str(result.run / "report.html")),
         ],
