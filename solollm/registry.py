@@ -83,6 +83,8 @@ def missing_backend_fix(machine: Machine) -> str:
             "an Intel Mac has no backend: current PyTorch and MLX publish nothing for it;"
             " use an Apple silicon Mac or Linux"
         )
+    if any(gpu.vendor == "apple" for gpu in machine.gpus):
+        return "run `pip install 'solollm[mlx]'` in this environment"
     return "run `pip install 'torch>=2.11,<2.14'` in this environment"
 
 

@@ -73,6 +73,29 @@ def test_torch_stays_the_choice_on_a_processor() -> None:
     assert select_backend().backend.name == "torch"
 
 
+@pytest.mark.parametrize(
+    ("platform", "has_driver", "chosen"),
+    [("darwin", False, "mlx"), ("linux", True, "torch"), ("linux", False, "torch")],
+)
+def test_each_machine_gets_its_backend_with_a_reason(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, platform: str, has_driver: bool, chosen: str
+) -> None:
+    """Guards against a Mac that trains on its processor, and a card that MLX leaves idle."""
+    driver = tmp_path / "driver"
+    if has_driver:
+        driver.touch()
+    monkeypatch.setattr("solollm_torch.backend.NVIDIA_DRIVER_SIGNS", (driver,))
+    monkeypatch.setattr("solollm_torch.backend.version", lambda name: "2.13.0")
+    monkeypatch.setenv("AGX_RELAX_CDM_CTXSTORE_TIMEOUT", "1")  # or it would outlive this test
+    monkeypatch.setattr("solollm_mlx.backend.sys.platform", platform)
+    monkeypatch.setattr("solollm_mlx.backend.platform.machine", lambda: "arm64")
+    selected = select_backend()
+    assert selected.backend.name == chosen
+    other = "torch" if chosen == "mlx" else "mlx"
+    place = {"darwin": "apple gpu"}.get(platform, "cuda" if has_driver else "cpu")
+    assert selected.reason == f"`{chosen}` on {place}: preferred over {other}"
+
+
 def test_a_run_goes_from_torch_to_mlx_and_back(
     config: RunConfig, unmoved: Path, tmp_path: Path
 ) -> None:

@@ -10,7 +10,7 @@ import pytest
 from solollm import registry
 from solollm.backend import Backend, Capabilities, MemoryCosts, Probe
 from solollm.errors import BackendError, ConfigError
-from solollm.hardware import Machine
+from solollm.hardware import Gpu, Machine
 
 
 class _Fast(Backend):
@@ -121,5 +121,8 @@ def test_intel_mac_is_told_that_none_exists() -> None:
     intel = Machine("macOS 13.6", "x86_64", "Intel", 4, 8, 1, 1)
     assert "Intel Mac" in registry.missing_backend_fix(intel)
     assert "pip" not in registry.missing_backend_fix(intel)
+    chip = Gpu("Apple M3 GPU", "apple", 1, 1)
+    silicon = Machine("macOS 15", "arm64", "Apple M3", 8, 8, 1, 1, (chip,))
+    assert "pip install 'solollm[mlx]'" in registry.missing_backend_fix(silicon)
     translated = Machine("macOS 15", "x86_64", "Apple M2", 8, 8, 1, 1, is_translated=True)
     assert "arm64 Python" in registry.missing_backend_fix(translated)
