@@ -38,17 +38,18 @@ _ASKED = (-signal.SIGINT, -signal.SIGTERM)  # ended before it could save: still 
 
 class Supervisor:
     """Brings the run at `run` to its end. `first` is the command that starts it, `again` gives the
-    one that goes on with it."""
+    one that goes on with it; `tell` hears of every restart."""
 
     def __init__(
         self, run: Path, first: Sequence[str], again: Callable[[Memory], Sequence[str]], *,
         host: Host | None = None, max_restarts: int = MAX_RESTARTS,
-        first_pause_seconds: float = FIRST_PAUSE_SECONDS,
+        first_pause_seconds: float = FIRST_PAUSE_SECONDS, tell: Callable[[Row], None] | None = None,
     ) -> None:  # fmt: skip
         self._path, self._first, self._again = run, first, again
         self._host = host or this_host()
         self._max_restarts = max_restarts
         self._first_pause = first_pause_seconds
+        self._tell = tell
         self._memory: Memory = {}
 
     def supervise(self) -> int:
@@ -129,6 +130,8 @@ class Supervisor:
         return list(Run.open(self._path).read_events()) if self._exists() else []
 
     def _note(self, kind: str, **fields: Any) -> None:
+        if self._tell is not None:
+            self._tell({"kind": kind, **fields})
         if self._exists():
             run = Run.open(self._path)
             with run.lock():

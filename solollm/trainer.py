@@ -310,6 +310,8 @@ class Trainer:
             self._session.release_cache()
         if heed.pause_seconds:
             watch.pause(heed.pause_seconds)
+        if self._session.world_size > 1:
+            return None  # one rank that stops alone leaves the others waiting for it
         return heed.stop or None
 
     def _stop_for(self, cause: StopCause) -> None:

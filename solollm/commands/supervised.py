@@ -11,6 +11,8 @@ from typing import Any
 
 import click
 
+from solollm.commands import console, print_json
+
 _LAUNCHED = ("WORLD_SIZE", "MLX_RANK", "MLX_HOSTFILE")  # set by torchrun and mlx.launch
 
 supervised_option: Callable[[Any], Any] = click.option(
@@ -37,8 +39,19 @@ def supervise(run: Path, first: Sequence[str], resume: Sequence[str]) -> None:
     def again(memory: Mapping[str, int | bool]) -> list[str]:
         return _command([*resume, *memory_flags(memory)])
 
-    code = Supervisor(run, _command(first), again).supervise()
+    tell = print_json if "--json" in first else _show
+    code = Supervisor(run, _command(first), again, tell=tell).supervise()
     click.get_current_context().exit(code)
+
+
+def _show(event: Mapping[str, Any]) -> None:
+    if event["kind"] != "restarted":
+        return  # giving up is an error, with a message of its own
+    rows = event.get("micro_batch_size")
+    smaller = f", with micro-batches of {rows}" if rows else ""
+    cause = str(event["cause"]).replace("_", " ")
+    text = f"it ended ({cause}, {event['ending']}): again from its last checkpoint{smaller}"
+    console().print(text, markup=False, soft_wrap=True)
 
 
 def memory_flags(memory: Mapping[str, int | bool]) -> list[str]:

@@ -434,6 +434,14 @@ def test_a_hot_machine_gets_pauses_and_the_same_training(watched, bench) -> None
     assert made.events("heat")[0]["step"] == 1
 
 
+def test_one_of_several_ranks_does_not_stop_alone(watched) -> None:
+    """Guards against a rank that ends for its machine while the others wait for its gradients."""
+    made = watched(Vitals("critical"))
+    made.session.world_size = 2
+    assert made.fit().step == 6
+    assert made.events("memory_pressure")
+
+
 def test_the_last_step_is_not_stopped_for(watched) -> None:
     """Guards against a finished run that is reported as stopped."""
     made = watched(*[Vitals()] * 5, Vitals("critical"))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +21,9 @@ def seen(monkeypatch: pytest.MonkeyPatch) -> Seen:
     found: Seen = {}
 
     class Recording:
-        def __init__(self, run: Path, first: list[str], again: Any) -> None:
+        def __init__(self, run: Path, first: list[str], again: Any, *, tell: Any) -> None:
             found.update(run=run, first=first[3:], again=lambda memory: again(memory)[3:])
+            found["tell"] = tell
 
         def supervise(self) -> int:
             return 75
@@ -55,6 +57,18 @@ def test_resume_does_so_too(seen: Seen) -> None:
     assert seen["first"] == [*plain, "--micro-batch-size", "4", "--unsupervised"]
     again = seen["again"]({"activation_checkpointing": True})
     assert again == [*plain, "--activation-checkpointing", "--unsupervised"]
+
+
+def test_a_restart_is_told(seen: Seen, capsys: pytest.CaptureFixture[str]) -> None:
+    """A run that jumps back on the screen for no reason that one can read; broken JSON."""
+    event = {"kind": "restarted", "cause": "memory", "ending": "exit code 1", "micro_batch_size": 2}
+    main(["resume", "r", "--supervised"])
+    seen["tell"](event)
+    assert "(memory, exit code 1)" in (shown := capsys.readouterr().out)
+    assert "micro-batches of 2" in shown
+    main(["resume", "r", "--supervised", "--json"])
+    seen["tell"](event)
+    assert json.loads(capsys.readouterr().out.splitlines()[-1]) == event
 
 
 def test_apple_silicon_is_supervised_unless_told_otherwise(monkeypatch: pytest.MonkeyPatch) -> None:
