@@ -6,7 +6,6 @@ import importlib.util
 import os
 import subprocess
 import sys
-import sysconfig
 from pathlib import Path
 
 import pytest
@@ -38,10 +37,12 @@ print(loss, len(completion.ids))
 
 
 def site_without(folder: Path, prefixes: tuple[str, ...]) -> Path:
-    """This environment's packages, but for those."""
+    """This environment's packages, those of one it is built upon too, but for those."""
     folder.mkdir()
-    for key in ("purelib", "platlib"):
-        for entry in Path(sysconfig.get_path(key)).iterdir():
+    for place in map(Path, sys.path):
+        if place.name not in ("site-packages", "dist-packages"):
+            continue
+        for entry in place.iterdir():
             if not entry.name.lower().startswith(prefixes) and not (folder / entry.name).exists():
                 (folder / entry.name).symlink_to(entry)
     return folder
