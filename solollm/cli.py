@@ -21,6 +21,7 @@ from solollm.errors import nearest
 COMMANDS = {
     "quickstart": "The whole life of a small model in a few minutes, offline.",
     "doctor": "What this machine can do, and what to change.",
+    "plan": "Whether a training fits, how long it takes, what it costs.",
     "data": "Build a corpus from files, folders and datasets.",
     "tokenizer": "Train a tokenizer, or look at one.",
     "pretrain": "Train a model from scratch, or from a checkpoint's weights.",

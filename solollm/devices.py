@@ -118,6 +118,7 @@ _APPLE: dict[str, tuple[float, float, float, bool, tuple[int, ...]]] = {
 _CPU_GFLOPS_PER_CORE = {"avx512": 100.0, "avx2": 70.0, "other": 35.0}
 _CPU_WATTS_PER_CORE = 8.0
 DEFAULT_HOST_BYTES = 64 * GIB
+_DECORATION = re.compile(r"nvidia|geforce|apple|gpu|tesla|sxm\d?|pcie|hbm\w*|\d+gb")
 
 
 def _cards() -> list[Device]:
@@ -225,10 +226,8 @@ def _this_cpu(machine: Machine, measured_flops: float) -> Device:
 
 def _match(name: str, memory_bytes: int) -> Device | None:
     """The table's entry for a driver's name: "NVIDIA GeForce RTX 4070 Ti SUPER", "Apple M4 Max"."""
-    words = re.sub(
-        r"nvidia|geforce|apple|gpu|tesla|sxm\d?|pcie|hbm\d\w*|-\d+gb?", " ", name.lower()
-    )
-    slug = "-".join(words.split())
+    words = re.split(r"[\s-]+", name.lower())
+    slug = "-".join(word for word in words if word and not _DECORATION.fullmatch(word))
     entries = [
         entry for entry in device_table()
         if slug in (entry.name, re.sub(r"-\d{2,3}$", "", entry.name))

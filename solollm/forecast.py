@@ -8,7 +8,7 @@ there is one, else the device table's, and then the result is a projection. Memo
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from solollm.architecture import ModelConfig, parameter_table
 from solollm.backend import MemoryCosts, Plan
@@ -35,6 +35,17 @@ class Forecast:
     money: float
     rate_source: str
     is_measured: bool
+
+    def of_steps(self, steps: int) -> Forecast:
+        """The same for another number of steps."""
+        factor = steps * self.step_seconds / self.seconds
+        return replace(
+            self,
+            tokens=round(self.tokens * factor),
+            seconds=self.seconds * factor,
+            kilowatt_hours=self.kilowatt_hours * factor,
+            money=self.money * factor,
+        )
 
     @property
     def hours(self) -> float:
@@ -72,7 +83,7 @@ def forecast(
         seconds=seconds,
         kilowatt_hours=energy,
         money=energy * price_per_kwh,
-        rate_source="measured here" if step_seconds else device.share.source,
+        rate_source="steps of this shape on this machine" if step_seconds else device.share.source,
         is_measured=bool(step_seconds or device.measured_flops),
     )
 

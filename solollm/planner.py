@@ -63,11 +63,13 @@ class Layout:
     def total_bytes(self) -> int:
         return sum(self.device_bytes.values())
 
+    def missing_bytes(self, room: Room) -> int:
+        """By how much it misses the room, on the device and beside it; 0 where it fits."""
+        host = sum(self.host_bytes.values())
+        return max(0, self.total_bytes - room.device_bytes) + max(0, host - room.host_bytes)
+
     def fits(self, room: Room) -> bool:
-        return (
-            self.total_bytes <= room.device_bytes
-            and sum(self.host_bytes.values()) <= room.host_bytes
-        )
+        return not self.missing_bytes(room)
 
 
 @dataclass(frozen=True)
@@ -236,7 +238,7 @@ def does_not_fit(
     """The refusal: the table of the smallest way to run it, and the cheapest change that fits."""
     smallest = min(
         (s for w in question.ways for s in layouts(question, backend, w, room) if not w.consent),
-        key=lambda layout: (_excess(layout, room), layout.total_bytes),
+        key=lambda layout: (layout.missing_bytes(room), layout.total_bytes),
     )
     rows = [f"{name} {format_bytes(size)}" for name, size in smallest.device_bytes.items()]
     host = sum(smallest.host_bytes.values())
@@ -304,12 +306,6 @@ def _layout(question: Question, way: Way, costs: MemoryCosts, pieces: tuple[int,
     if costs.host_per_token_bytes:
         host["activations"] = int(costs.host_per_token_bytes * tokens)
     return Layout(way, rows, checkpointing, costs, table, host)
-
-
-def _excess(layout: Layout, room: Room) -> int:
-    """Bytes by which a layout misses its room."""
-    host = sum(layout.host_bytes.values())
-    return max(0, layout.total_bytes - room.device_bytes) + max(0, host - room.host_bytes)
 
 
 def _cheapest_change(

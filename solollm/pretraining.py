@@ -35,6 +35,8 @@ from solollm.horizon import (
     updated,
 )
 from solollm.host import this_host
+from solollm.planning import expect
+from solollm.reality import measure
 from solollm.registry import Selected, find_backends, select_backend
 from solollm.report.html import write_report
 from solollm.report.sinks import open_sinks
@@ -199,7 +201,8 @@ def _train(
         if start is not None:
             resumed = _go_on(run, start, session, stream=streams.train, environment=environment)
         run.rewind_metrics(progress.step)
-        run.write_plan(asdict(prepared.plan))
+        expected = expect(config, prepared.plan, prepared.backend)
+        run.write_plan({**asdict(prepared.plan), "expected": expected})
         run.record_lineage(progress.step, lineage_entry(environment))
         host = host or this_host()
         work = Workload(
@@ -278,8 +281,10 @@ def _go_on(
 
 
 def _report(run: Run) -> None:
-    """Write `report.html`, however the run has ended; a page that fails hides no other error."""
+    """Lay the plan beside what became of it, and write `report.html`, however the run has ended; a
+    page that fails hides no other error."""
     try:
+        run.write_plan({**run.read_plan(), "measured": measure(run.read_metrics())})
         write_report(run)
     except SoloLLMError as error:
         run.append_event("report_failed", reason=str(error))

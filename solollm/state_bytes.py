@@ -8,11 +8,13 @@ to say, in `Backend.memory_costs`.
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 
 from solollm.architecture import ModelConfig, ParameterSpec, parameter_table
 from solollm.config import OptimizerTable
-from solollm.optim_codec import num_blocks, state_dtype
+from solollm.optim_codec import StateDType, num_blocks, state_dtype
 
+ITEM_BYTES: Mapping[StateDType, int] = {"F32": 4, "BF16": 2, "U8": 1}
 _CHECKPOINT_EXTRAS = 4 << 20  # tokenizer, configuration, certificate: a few megabytes at most
 
 
@@ -35,6 +37,5 @@ def _state_bytes(spec: ParameterSpec, table: OptimizerTable) -> int:
     numel = math.prod(spec.shape)
     count = 1 if table.name == "muon" and spec.group == "matrix" else 2
     dtype = state_dtype(spec.shape, spec.group, table.state_bits)
-    if dtype == "U8":
-        return count * (numel + 4 * num_blocks(spec.shape))
-    return count * numel * (2 if dtype == "BF16" else 4)
+    scales = 4 * num_blocks(spec.shape) if dtype == "U8" else 0
+    return count * (ITEM_BYTES[dtype] * numel + scales)

@@ -26,11 +26,11 @@ LAYERS = (
     "tensorheader tensorfile backend rounding sampling engine_input tokenizer_format tokenizer"
     " fast_encoding tokenizer_training chat_template",
     "data schedule manifest certificate frozen_base checkpoint checkpoint_writer model_folder"
-    " runlock runs run_log bundle archive planner registry forecast calibration generation"
+    " runlock runs run_log bundle archive planner registry forecast calibration reality generation"
     " tokenizer_inspection watch faults dtype_choice",
     "evaluation report held_out continuation completion dialogue",
     "workload trainer",
-    "pretraining environments horizon starting_weights run_streams",
+    "pretraining planning environments horizon starting_weights run_streams",
     "export importing serving cargo packing far_side pushing testing resume_proof migration_proof"
     " supervisor story quickstart_move quickstart doctor benchmark",
     "commands",

@@ -22,6 +22,7 @@ from solollm.backend import (
     Probe,
     Ranks,
     SessionOptions,
+    Way,
 )
 from solollm.config import OptimizerTable
 from solollm.errors import BackendError
@@ -31,6 +32,12 @@ if TYPE_CHECKING:
 
     from solollm_torch.session import TorchSession
 
+SPLIT = {"master": "split"}
+CUDA_WAYS = (
+    Way("resident"),
+    Way("split weights", SPLIT, None, "gradients in bfloat16; the weights stay exact"),
+    Way("split weights, 8-bit moments", SPLIT, 8, "gradients in bfloat16, moments in 8 bits"),
+)
 CUDA_PRIORITY, CPU_PRIORITY = 90, 10
 TESTED = ((2, 11), (2, 14))  # from here, to below here
 # Linux's driver says so in /proc; WSL2 has no such entry but a device of its own.
@@ -83,6 +90,9 @@ class TorchBackend(Backend):
 
         place = torch.device(device) if device else _device()
         return memory_costs(model, options, compute_dtype, place)
+
+    def ways(self, device: str = "") -> Sequence[Way]:
+        return CUDA_WAYS if (device or _device().type).startswith("cuda") else (Way("resident"),)
 
     def train_session(
         self, model: ModelConfig, options: SessionOptions, plan: Plan

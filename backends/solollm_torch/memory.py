@@ -9,9 +9,10 @@ import torch
 
 from solollm.architecture import ModelConfig
 from solollm.backend import ComputeDType, MemoryCosts, SessionOptions
-from solollm.config import OptimizerTable
 from solollm.state_bytes import optimizer_bytes, weight_bytes
+from solollm_torch.gradients import DTYPES, gradient_dtype
 from solollm_torch.loss import chunk_rows
+from solollm_torch.masters import master_option
 from solollm_torch.optim import MUON_BATCH_ELEMENTS
 
 CUDA_CONTEXT_BYTES = 600 * 2**20
@@ -31,7 +32,7 @@ def memory_costs(
     head_bytes = 4 * model.vocab_size * model.hidden_size  # the embedding's gradient, for a moment
     chunk_bytes = chunk_rows(model.vocab_size, device) * model.vocab_size
     chunk_bytes *= 4 if compute_dtype == "float32" else 8  # bf16 logits are widened and narrowed
-    state = resident_bytes(model, options.optimizer)
+    state = resident_bytes(model, options, compute_dtype)
     return MemoryCosts(
         fixed_bytes=fixed,
         per_parameter_bytes=sum(state.values()) / model.num_parameters(),
@@ -42,13 +43,19 @@ def memory_costs(
     )
 
 
-def resident_bytes(model: ModelConfig, table: OptimizerTable) -> dict[str, int]:
+def resident_bytes(
+    model: ModelConfig, options: SessionOptions, compute_dtype: ComputeDType
+) -> dict[str, int]:
     """The tensors of a session that holds everything on its device: exact, by what they are."""
-    return {
-        "weights": weight_bytes(model),
-        "gradients": weight_bytes(model),
-        "optimizer": optimizer_bytes(model, table),
-    }
+    given, state = options.backend_options, {}
+    master = master_option(given, "float32")
+    state["weights"] = weight_bytes(model, 4 if master == "float32" else 2)
+    if master == "split":
+        state["residuals"] = weight_bytes(model, 2)
+    gradients = gradient_dtype(given, master, DTYPES[compute_dtype])
+    state["gradients"] = weight_bytes(model, gradients.itemsize)
+    state["optimizer"] = optimizer_bytes(model, options.optimizer)
+    return state
 
 
 def _bytes_per_token(model: ModelConfig, item: int) -> tuple[int, int, int]:

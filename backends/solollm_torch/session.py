@@ -115,8 +115,9 @@ class TorchSession(TrainSession):
         )
         self._decoder.checkpointing = self._plan.activation_checkpointing
         self._masters = _masters_of(self._decoder, split=master == "split")
-        for name, array in initial_parameters(model, options.seed):
-            self._masters.write(name, torch.from_numpy(array))
+        if device.type != "meta":  # which holds shapes alone: the planner's bytes are counted there
+            for name, array in initial_parameters(model, options.seed):
+                self._masters.write(name, torch.from_numpy(array))
         compiled = should_compile(given.get("compile", "auto"), device)
         if compiled:
             compile_blocks(self._decoder)

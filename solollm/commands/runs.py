@@ -12,6 +12,7 @@ from solollm.commands import console, print_json
 from solollm.commands.pretrain import say
 
 if TYPE_CHECKING:
+    from solollm.reality import Line
     from solollm.runs import Run, RunSummary, Stretch
 
 _JSON = click.option("--json", "as_json", is_flag=True, help="Print JSON instead.")
@@ -55,6 +56,7 @@ def list_command(folder: Path, as_json: bool) -> None:
 def show(run: Path, as_json: bool) -> None:
     """What RUN is and how it went; writes its report.html anew."""
     from solollm.checkpoint import list_checkpoints
+    from solollm.reality import compare
     from solollm.report.html import write_report
     from solollm.runs import Run, stretches, summarize
 
@@ -71,13 +73,14 @@ def show(run: Path, as_json: bool) -> None:
         **_last_evaluation(opened),
         "checkpoints": steps,
         "ran_on": [_stretch(part) for part in stretches(opened.read_lineage(), summary.step)],
+        "planned": [_against(line) for line in compare(opened.read_plan())],
         "report": str(page),
     }
     if as_json:
         print_json(facts)
         return
     for name, value in facts.items():
-        between = "\n" + " " * 15 if name == "ran_on" else ", "
+        between = "\n" + " " * 15 if name in ("ran_on", "planned") else ", "
         text = between.join(map(str, value)) if isinstance(value, list) else str(value)
         say(f"{name.replace('_', ' '):14} {text}")
 
@@ -243,6 +246,14 @@ def _stretch(part: Stretch) -> str:
     cpu, dtype = environment.get("cpu"), environment.get("compute_dtype")
     versions = " ".join(f"{n} {v}" for n, v in (environment.get("versions") or {}).items() if v)
     return f"{steps}: " + ", ".join(str(fact) for fact in (facts, dtype, cpu, versions) if fact)
+
+
+def _against(line: Line) -> str:
+    """One planned quantity beside what became of it."""
+    from solollm.report.html import quantities_text
+
+    planned, measured = quantities_text(line)
+    return f"{line.name.replace('_', ' ')}: {planned}, measured {measured} ({line.ratio:.2f})"
 
 
 def _table(head: list[str], rows: list[list[str]]) -> None:

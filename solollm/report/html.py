@@ -18,6 +18,7 @@ from solollm import __version__
 from solollm.config import dump_config
 from solollm.durable import replace_file
 from solollm.planner import format_bytes
+from solollm.reality import Line, compare
 from solollm.report.charts import Chart, Series, Style, count_text, line_chart, smooth
 from solollm.report.page import SCRIPT, STYLE
 from solollm.runs import Run, stretches
@@ -72,6 +73,7 @@ def render(facts: RunFacts) -> str:
         ("Samples", _samples(facts.rows("sample"))),
         ("Evaluations on held-out text", _evaluations(facts.rows("eval"))),
         ("Where it ran", _lineage(facts)),
+        ("The plan and what became of it", _reality(facts.plan)),
         ("", _folded("Configuration", f"<pre>{html.escape(facts.config_text)}</pre>")),
         ("", _folded("Plan", _plan(facts.plan))),
         ("", _folded("Events", _events(facts.events))),
@@ -213,7 +215,27 @@ def _lineage(facts: RunFacts) -> str:
     return table(["steps", "on"], rows) if rows else ""
 
 
+def _reality(plan: Row) -> str:
+    rows = [
+        [line.name.replace("_", " "), *quantities_text(line), f"{line.ratio:.2f}"]
+        for line in compare(plan)
+    ]
+    return table(["", "planned", "measured", "ratio"], rows) if rows else ""
+
+
+def quantities_text(line: Line) -> tuple[str, str]:
+    """A line's two quantities, in the unit that its name says."""
+
+    def text(value: float) -> str:
+        if line.name.endswith("_bytes"):
+            return format_bytes(int(value))
+        return duration_text(value) if line.name == "seconds" else count_text(value)
+
+    return text(line.expected), text(line.measured)
+
+
 def _plan(plan: Row) -> str:
+    plan = {name: value for name, value in plan.items() if name not in ("expected", "measured")}
     rows = []
     for key, value in plan.items():
         if isinstance(value, Mapping):

@@ -1,0 +1,84 @@
+"""`solollm plan`, as typed."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from click.testing import CliRunner
+
+from solollm.commands.plan import command
+
+
+def _run(*words: str) -> tuple[int, str]:
+    result = CliRunner().invoke(command, list(words), catch_exceptions=True)
+    if result.exception is not None and not isinstance(result.exception, SystemExit):
+        raise result.exception
+    return result.exit_code, result.output
+
+
+def _json(*words: str) -> Any:
+    code, output = _run(*words, "--json")
+    assert code == 0, output
+    return json.loads(output)
+
+
+@pytest.fixture(autouse=True)
+def _own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+
+
+def test_a_plan_for_a_card_says_all_it_promises() -> None:
+    """A plan without disk, without energy, or one that does not say that it is a projection."""
+    code, text = _run("--preset", "1.3b", "--device", "rtx-4090")
+    assert code == 0
+    for word in ("weights", "gradients", "optimizer", "one checkpoint", "tokens/s", "kWh"):
+        assert word in text, word
+    assert "projection" in text
+
+
+def test_hours_choose_a_larger_model_for_a_faster_device() -> None:
+    """`--hours` that ignores the device it was asked for."""
+    slow = _json("--hours", "24", "--device", "rtx-3060")
+    fast = _json("--hours", "24", "--device", "h200")
+    assert fast["num_parameters"] > 2 * slow["num_parameters"]
+    assert slow["hours"] <= 24
+    assert fast["hours"] <= 24
+
+
+def test_hours_with_a_model_decide_the_steps() -> None:
+    """A named model replaced because hours were given."""
+    made = _json("--hours", "24", "--preset", "1.3b", "--device", "rtx-4090")
+    assert made["num_parameters"] > 1.2e9
+    assert made["hours"] == pytest.approx(24, rel=0.01)
+
+
+def test_energy_and_money_are_the_device_s_watts_times_hours() -> None:
+    """The article's 1,200 hours on a 4090 cost 540 to 720 kWh, not 12,000."""
+    made = _json("--hours", "1200", "--preset", "1.3b", "--device", "rtx-4090", "--price", "0.10")
+    assert 540 < made["kilowatt_hours"] < 720
+    assert made["money"] == pytest.approx(made["kilowatt_hours"] * 0.10)
+
+
+def test_a_calibration_measures_and_is_remembered(tmp_path: Path) -> None:
+    """A calibrated plan whose next plan knows nothing of it."""
+    asked = ("--depth", "2", "--set", "model.max_position_embeddings=64",
+             "--set", "train.batch_size=2", "--set", "backend=torch")  # fmt: skip
+    before = _json(*asked)
+    assert not before["is_measured"]
+    measured = _json(*asked, "--calibrate", "8")
+    assert measured["is_measured"]
+    assert measured["calibrated_cpu_seconds"] > 0
+    assert (tmp_path / "cache/solollm/rates.json").is_file()
+    assert _json(*asked)["is_measured"]
+
+
+def test_a_comparison_lists_devices_that_fit_and_that_do_not() -> None:
+    """Devices that cannot hold the model missing from the table, as if nobody had asked."""
+    found = _json("--preset", "2.7b", "--compare")
+    assert found["h200"]["tokens_per_second"] > found["a100-80"]["tokens_per_second"]
+    assert found["m4-max-64"]["backend"] == "mlx"
+    assert "refused" in found["rtx-3070"]
+    assert found["rtx-3070"]["fix"]

@@ -1,0 +1,71 @@
+"""Seconds, kilowatt-hours and money: the arithmetic."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+
+from solollm.backend import MemoryCosts, Plan
+from solollm.config import OptimizerTable
+from solollm.devices import device
+from solollm.dial import preset
+from solollm.forecast import copied_bytes_per_step, forecast, muon_flops
+
+MODEL = preset("2.7b", 32_768)
+ADAMW = OptimizerTable(name="adamw")
+PLAN = Plan(4, False, "bfloat16", 2048, 64)
+COSTS = MemoryCosts(0, 16, 1, 1, 0)
+
+
+def test_a_resident_step_is_operations_over_the_rate() -> None:
+    """Recomputing counted as useful work, or steps confused with tokens."""
+    card = device("rtx-4090")
+    told = forecast(MODEL, PLAN, card, COSTS, table=ADAMW, steps=100, price_per_kwh=0.1)
+    step = MODEL.flops_per_token(2048) * 64 * 2048 / card.training_flops
+    assert told.step_seconds == pytest.approx(step)
+    assert told.tokens_per_second == pytest.approx(64 * 2048 / step)
+    assert told.tokens == 100 * 64 * 2048
+    assert told.kilowatt_hours == pytest.approx(card.watts * 100 * step / 3.6e6)
+    assert told.money == pytest.approx(told.kilowatt_hours * 0.1)
+    assert not told.is_measured
+    again = replace(PLAN, activation_checkpointing=True)
+    slower = forecast(MODEL, again, card, COSTS, table=ADAMW, steps=100, price_per_kwh=0.1)
+    assert slower.step_seconds == pytest.approx(step * 4 / 3)
+
+
+def test_copies_hide_behind_the_computation_only_where_they_overlap() -> None:
+    """An offloaded step forecast at resident speed although the link is the limit."""
+    card = device("rtx-4090")
+    moved = {"micro-batch": 10**12, "update": 4 * 10**12}
+    plan = replace(PLAN, batch_size=8)
+    costs = replace(COSTS, traffic_bytes=moved)
+    assert copied_bytes_per_step(costs, plan) == 6 * 10**12
+    serial = forecast(MODEL, plan, card, costs, table=ADAMW, steps=1, price_per_kwh=0)
+    assert serial.copy_seconds == pytest.approx(6e12 / card.link)
+    assert serial.step_seconds == pytest.approx(serial.compute_seconds + serial.copy_seconds)
+    hidden = replace(costs, overlaps_copies=True)
+    beside = forecast(MODEL, plan, card, hidden, table=ADAMW, steps=1, price_per_kwh=0)
+    assert beside.step_seconds == pytest.approx(max(beside.compute_seconds, beside.copy_seconds))
+
+
+def test_a_measured_step_replaces_the_estimate() -> None:
+    """A calibration that changes nothing."""
+    told = forecast(
+        MODEL, PLAN, device("h200"), COSTS, table=ADAMW, steps=3, price_per_kwh=0, step_seconds=7.0
+    )
+    assert (told.seconds, told.is_measured) == (21.0, True)
+    assert told.of_steps(6).seconds == 42.0
+    assert told.of_steps(6).tokens == 2 * told.tokens
+
+
+def test_muon_pays_for_its_orthogonalisations() -> None:
+    """Small batches forecast as fast under Muon as under AdamW."""
+    square = MODEL.model_copy(update={"num_hidden_layers": 1})
+    assert muon_flops(square, ADAMW) == 0
+    expected = 0.0
+    hidden, inter = square.hidden_size, square.intermediate_size
+    for rows, columns in [(hidden, hidden)] * 4 + [(inter, hidden)] * 3:
+        short, long = min(rows, columns), max(rows, columns)
+        expected += 5 * (2 * short * short * long + 2 * short**3 + 2 * short * short * long)
+    assert muon_flops(square, OptimizerTable(name="muon")) == pytest.approx(expected)
