@@ -467,6 +467,10 @@ class Peer(ABC):
     def step(self, batch: Batch, lr: float) -> float:
         """One optimizer step; gives the loss before it, in nats per token."""
 
+    def read(self, documents: Sequence[np.ndarray], batch_size: int, lr: float) -> list[float]:
+        """One pass over documents (int32 ids) in batches of its own making; each step's loss."""
+        raise BackendError("this stack takes batches only, no documents")
+
     @abstractmethod
     def close(self) -> None: ...
 
@@ -531,3 +535,8 @@ class Backend(ABC):
         """The fp32 matrix-multiply rate of this process now, per second of processor time, at the
         shape of the model's largest layer; 0 where it is not measured."""
         return 0.0
+
+    def memory(self, *, restart_peak: bool = False) -> MemoryStats:
+        """What this process holds on the device, for benchmarks; zeros where it is not counted.
+        `restart_peak`: the peak begins anew from now."""
+        return MemoryStats(0, 0)

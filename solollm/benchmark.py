@@ -14,6 +14,7 @@ import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -22,6 +23,11 @@ from solollm.architecture import ModelConfig
 from solollm.backend import Backend, Batch, Peer, Plan, SessionOptions, TrainSession
 from solollm.config import OptimizerTable
 
+OURS = "solollm"
+LR = 1e-3
+# Stacks differ in which tensors decay, and one has no clipping. Ours does all of its work, at a
+# norm that is never met.
+TABLE = OptimizerTable(name="adamw", weight_decay=0.0, clip_norm=1e9)
 LOSS_TOLERANCE = 1e-4  # relative: how far stacks may differ and still count as the same
 DEFAULT_MODEL = ModelConfig(
     vocab_size=8192, hidden_size=384, intermediate_size=1024, num_hidden_layers=8,
@@ -43,6 +49,7 @@ class StackResult:
     losses: tuple[float, ...]
     seconds: tuple[float, ...]
     cpu_seconds: tuple[float, ...]
+    peak_bytes: int = 0  # on the device, weights and optimizer included; 0: not counted
 
     @property
     def is_same(self) -> bool:
@@ -71,9 +78,15 @@ class TrainBenchmark:
         pairs = zip(theirs.cpu_seconds, ours.cpu_seconds, strict=True)
         return statistics.median(other / own for other, own in pairs)
 
+    def memory_ratio(self, name: str) -> float:
+        """Our peak over a stack's; 0 where it is not counted."""
+        other = next(stack for stack in self.stacks if stack.name == name).peak_bytes
+        return self.stacks[0].peak_bytes / other if other else 0.0
+
     def to_json(self) -> dict[str, Any]:
         ratios = {s.name: self.ratio(s.name) for s in self.stacks[1:]}
-        return {**asdict(self), "ratios": ratios}
+        memory = {s.name: self.memory_ratio(s.name) for s in self.stacks[1:]}
+        return {**asdict(self), "ratios": ratios, "memory_ratios": memory}
 
 
 class _Ours(Peer):
@@ -102,41 +115,41 @@ def bench_train(
 
     Every stack takes one uncounted step (it compiles and allocates), then `rounds` in turn.
     """
-    table = OptimizerTable(name="adamw")
     plan = Plan(batch_size, False, "float32", seq_len, batch_size)
-    session_options = SessionOptions(table, backend_options=options or {})
-    runners: dict[str, Peer] = {
-        "solollm": _Ours(backend.train_session(model, session_options, plan))
+    model = with_room(model, seq_len)
+    session_options = SessionOptions(TABLE, backend_options=options or {})
+    makers: dict[str, Callable[[], Peer]] = {
+        OURS: lambda: _Ours(backend.train_session(model, session_options, plan))
     }
     for name in backend.peers() if stacks is None else stacks:
-        tell(f"making {name}")
-        runners[name] = backend.peer(name, model, table, session_options.seed)
+        makers[name] = partial(backend.peer, name, model, TABLE, session_options.seed)
     batches = [_batch(model, batch_size, seq_len, index) for index in range(rounds + 1)]
-    losses: dict[str, list[float]] = {name: [] for name in runners}
+    runners, peaks, losses = warm(backend, makers, lambda peer: peer.step(batches[0], LR), tell)
     wall: dict[str, list[float]] = {name: [] for name in runners}
     cpu: dict[str, list[float]] = {name: [] for name in runners}
     gemm: list[float] = []
     num_tokens = batch_size * seq_len
-    for index, batch in enumerate(batches):
+    for index, batch in enumerate(batches[1:], 1):
         gemm.append(backend.gemm_flops_per_cpu_second(model, num_tokens))
         for name, runner in runners.items():
-            tell(f"round {index} of {rounds}: {name}" if index else f"warming up {name}")
+            tell(f"round {index} of {rounds}: {name}")
             begun, begun_cpu = time.monotonic(), time.process_time()
-            losses[name].append(runner.step(batch, 1e-3))
+            losses[name].append(runner.step(batch, LR))
             cpu[name].append(time.process_time() - begun_cpu)
             wall[name].append(time.monotonic() - begun)
     for runner in runners.values():
         runner.close()
-    ceiling = statistics.median(gemm[1:])
+    ceiling = statistics.median(gemm)
     flops = model.flops_per_token(seq_len) * num_tokens
 
     def result(name: str) -> StackResult:
-        spent, waited = tuple(cpu[name][1:]), tuple(wall[name][1:])
+        spent, waited = tuple(cpu[name]), tuple(wall[name])
         own = statistics.median(spent)
         return StackResult(
             name, num_tokens / own, num_tokens / statistics.median(waited),
             flops / own / ceiling if ceiling else math.nan,
-            _deviation(losses[name], losses["solollm"]), tuple(losses[name]), waited, spent,
+            _deviation(losses[name], losses[OURS]), tuple(losses[name]), waited, spent,
+            peaks[name],
         )  # fmt: skip
 
     capabilities = backend.capabilities()
@@ -144,6 +157,31 @@ def bench_train(
         backend.name, capabilities.device, dict(capabilities.versions), model.model_dump(),
         batch_size, seq_len, rounds, _threads(), ceiling, tuple(result(name) for name in runners),
     )  # fmt: skip
+
+
+def with_room(model: ModelConfig, seq_len: int) -> ModelConfig:
+    """The model with a context of at least `seq_len`."""
+    longest = max(seq_len, model.max_position_embeddings)
+    return model.model_copy(update={"max_position_embeddings": longest})
+
+
+def warm(
+    backend: Backend,
+    makers: Mapping[str, Callable[[], Peer]],
+    begin: Callable[[Peer], float],
+    tell: Callable[[str], None],
+) -> tuple[dict[str, Peer], dict[str, int], dict[str, list[float]]]:
+    """Every stack made and begun (it compiles and allocates), uncounted: the stacks, the peak of
+    device memory that each had by itself, the loss that `begin` gave."""
+    runners: dict[str, Peer] = {}
+    peaks, losses = {}, {}
+    for name, make in makers.items():
+        tell(f"warming up {name}")
+        held = backend.memory(restart_peak=True).current_bytes
+        runners[name] = make()
+        losses[name] = [begin(runners[name])]
+        peaks[name] = max(0, backend.memory().peak_bytes - held)
+    return runners, peaks, losses
 
 
 def _deviation(losses: Sequence[float], reference: Sequence[float]) -> float:

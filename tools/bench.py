@@ -43,6 +43,7 @@ PARTS: dict[str, list[str]] = {
     ],
     "tokenizer": ["tools/bench_tokenizer.py", "--json"],
     "decode": ["tools/bench_decode.py"],
+    "mlx-decode": ["tools/bench_decode_mlx.py"],
 }
 
 

@@ -14,7 +14,9 @@ from functools import partial
 
 import mlx.core as mx
 
-BLOCK = 128  # queries per block; rows up to twice as long are taken whole
+from solollm_mlx.exponential import MASKED, softmax
+
+BLOCK = 128  # queries per block; rows no longer than one are taken whole
 
 
 def attend(q: mx.array, k: mx.array, v: mx.array, segments: mx.array | None) -> mx.array:
@@ -23,7 +25,7 @@ def attend(q: mx.array, k: mx.array, v: mx.array, segments: mx.array | None) -> 
     q is [B, H, T, D], k and v are [B, K, T, D]; segments int [B, T] or None. Gives [B, H, T, D].
     """
     length = q.shape[2]
-    if length <= 2 * BLOCK:
+    if length <= BLOCK:
         return attend_block(q, k, v, segments=segments, start=0)
     parts = []
     for start in range(0, length, BLOCK):
@@ -45,4 +47,18 @@ def attend_block(
     if segments is not None:
         same = segments[:, start : start + rows, None] == segments[:, None, :]  # [B, t, T]
         mask = mx.expand_dims(mx.logical_and(mask, same), 1)  # [B, 1, t, T]
-    return mx.fast.scaled_dot_product_attention(q, k, v, scale=scale, mask=mask)
+    if mx.default_device().type == mx.DeviceType.gpu or q.dtype != mx.float32:
+        return mx.fast.scaled_dot_product_attention(q, k, v, scale=scale, mask=mask)
+    return _on_processor(q * scale, k, v, mask)
+
+
+def _on_processor(q: mx.array, k: mx.array, v: mx.array, mask: mx.array) -> mx.array:
+    """The same with a softmax that is faster there; q is scaled, mask bool [t, T] or
+    [B, 1, t, T]."""
+    shared = q.shape[1] // k.shape[1]  # query heads per key head
+    grouped = q.reshape(q.shape[0], k.shape[1], shared, *q.shape[2:])  # [B, K, H/K, t, D]
+    scores = grouped @ mx.expand_dims(k, 2).swapaxes(-1, -2)  # [B, K, H/K, t, T]
+    # Added, not chosen: a sum has nothing to do in backward.
+    bias = mx.where(mask, 0.0, MASKED)
+    scores = scores + (bias if bias.ndim == 2 else mx.expand_dims(bias, 1))
+    return (softmax(scores) @ mx.expand_dims(v, 2)).reshape(q.shape)  # [B, H, t, D]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import platform
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
@@ -20,11 +20,14 @@ from solollm.backend import (
     Engine,
     EngineOptions,
     MemoryCosts,
+    MemoryStats,
+    Peer,
     Plan,
     Probe,
     Ranks,
     SessionOptions,
 )
+from solollm.config import OptimizerTable
 from solollm.errors import BackendError
 
 if TYPE_CHECKING:
@@ -98,6 +101,32 @@ class MlxBackend(Backend):
         from solollm_mlx.ranks import MlxRanks
 
         return MlxRanks()
+
+    def peers(self) -> Sequence[str]:
+        from solollm_mlx.peers import installed_peers
+
+        return installed_peers()
+
+    def peer(self, name: str, model: ModelConfig, table: OptimizerTable, seed: int) -> Peer:
+        from solollm_mlx.peers import NAME, TrainerPeer
+
+        return (
+            TrainerPeer(model, table, seed)
+            if name == NAME
+            else super().peer(name, model, table, seed)
+        )
+
+    def gemm_flops_per_cpu_second(self, model: ModelConfig, num_tokens: int) -> float:
+        from solollm_mlx.peers import gemm_flops_per_cpu_second
+
+        return gemm_flops_per_cpu_second(model, num_tokens)
+
+    def memory(self, *, restart_peak: bool = False) -> MemoryStats:
+        import mlx.core as mx
+
+        if restart_peak:
+            mx.reset_peak_memory()
+        return MemoryStats(mx.get_active_memory(), mx.get_peak_memory())
 
     def dtype_rates(self, seconds: float) -> Mapping[ComputeDType, float]:
         from solollm_mlx.timing import matmul_rates

@@ -7,6 +7,8 @@ memory wired, in a panic of the whole Mac (mlx #3186, #3346).
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import NamedTuple
 
 import mlx.core as mx
@@ -64,6 +66,18 @@ def bind_memory(limits: DeviceLimits, plan: Plan) -> None:
     mx.set_memory_limit(bounds.memory_bytes)
     mx.set_cache_limit(bounds.cache_bytes)
     mx.set_wired_limit(bounds.wired_bytes)
+
+
+@contextmanager
+def bounded_run_ahead(step_bytes: int) -> Iterator[None]:
+    """Let MLX allocate ahead of the computation only as long as this many bytes, beside what is
+    held now, are not passed. The limit refuses nothing: it makes the evaluator wait."""
+    outer = mx.set_memory_limit(mx.get_active_memory() + step_bytes)
+    mx.set_memory_limit(min(outer, mx.get_active_memory() + step_bytes))
+    try:
+        yield
+    finally:
+        mx.set_memory_limit(outer)
 
 
 def require_buffers(model: ModelConfig, plan: Plan, limits: DeviceLimits) -> None:

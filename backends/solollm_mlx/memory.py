@@ -8,15 +8,14 @@ beside each other.
 from __future__ import annotations
 
 from solollm.architecture import ModelConfig
-from solollm.backend import ComputeDType, MemoryCosts, SessionOptions
+from solollm.backend import ComputeDType, MemoryCosts, Plan, SessionOptions
 from solollm_mlx.attention import BLOCK
-from solollm_mlx.loss import CHUNK_BYTES
-from solollm_mlx.optim import GROUP_ELEMENTS
+from solollm_mlx.loss import chunk_tokens
 
 PROCESS_BYTES = 280 * 2**20  # the interpreter and the libraries, mlx-lm's included
-UPDATE_COPIES = 8  # of one group of tensors: old and new states, and what lies between
-CHUNK_COPIES = 3  # of one chunk's logits
-GRADIENT_BYTES = 7  # per parameter: the sum, and part of a micro-batch's own
+CHUNK_COPIES = 4  # of one chunk's logits
+GRADIENT_BYTES = 4  # per parameter: the sum over micro-batches
+RUN_AHEAD = 1.05  # of a step's own memory, see `step_bytes`
 
 
 def memory_costs(
@@ -26,28 +25,53 @@ def memory_costs(
     item = 4 if compute_dtype == "float32" else 2
     layers, hidden = model.num_hidden_layers, model.hidden_size
     kept, passing, recomputing = _elements_per_token(model)
-    group_bytes = 4 * min(GROUP_ELEMENTS, model.num_parameters())
+    logits = 4 * CHUNK_COPIES * chunk_tokens(1 << 30, model.vocab_size) * model.vocab_size
+    head_gradient = 4 * model.vocab_size * hidden  # a micro-batch's own, there from the loss on
     return MemoryCosts(
-        fixed_bytes=PROCESS_BYTES + UPDATE_COPIES * group_bytes,
+        fixed_bytes=PROCESS_BYTES,
         per_parameter_bytes=4 + GRADIENT_BYTES + _state_bytes_per_parameter(model, options),
         per_token_bytes=item * (layers * kept + passing),
         per_token_checkpointed_bytes=item * (layers * hidden + recomputing),
-        loss_chunk_bytes=CHUNK_COPIES * CHUNK_BYTES,
+        loss_chunk_bytes=logits + head_gradient,
     )
+
+
+def step_bytes(model: ModelConfig, options: SessionOptions, plan: Plan) -> int:
+    """What a step needs beside weights and optimizer state.
+
+    MLX's evaluator runs ahead of the processor, and allocates for what it has not begun to compute;
+    bound to this it waits where nothing is gained by going on.
+    """
+    costs = memory_costs(model, options, plan.compute_dtype)
+    per_token = (
+        costs.per_token_checkpointed_bytes
+        if plan.activation_checkpointing
+        else costs.per_token_bytes
+    )
+    accumulated = plan.micro_batch_size < plan.batch_size
+    activations = per_token * plan.micro_batch_size * plan.seq_len
+    gradients = GRADIENT_BYTES * model.num_parameters() * accumulated
+    return int(RUN_AHEAD * (activations + costs.loss_chunk_bytes + gradients))
 
 
 def _elements_per_token(model: ModelConfig) -> tuple[float, float, float]:
     """Of a block kept for backward; of everything else; of everything but the residual streams
-    where blocks are recomputed. Fitted to peaks of models that differ in one size each."""
-    hidden, inter = model.hidden_size, model.intermediate_size
-    heads = (model.num_attention_heads + model.num_key_value_heads) * model.head_dim
-    # Short rows keep their attention probabilities; long ones make them block by block.
-    positions = min(model.max_position_embeddings, 2 * BLOCK)
-    probabilities = model.num_attention_heads * positions
-    is_short = model.max_position_embeddings <= 2 * BLOCK
-    kept = 4 * hidden + 3 * heads + 4 * inter + is_short * probabilities
-    passing = 14 * hidden + 6 * inter + 2.5 * probabilities
-    recomputing = 20 * hidden + 7 * heads + 13 * inter + 3.3 * probabilities
+    where blocks are recomputed. Fitted to peaks of models that differ in one size each. Rows no
+    longer than a block keep their attention probabilities; of longer ones, those of one layer are
+    there at a time."""
+    hidden, inter, length = (
+        model.hidden_size, model.intermediate_size, model.max_position_embeddings,
+    )  # fmt: skip
+    queries = model.num_attention_heads * model.head_dim
+    keys = model.num_key_value_heads * model.head_dim
+    is_short = length <= BLOCK
+    probabilities = model.num_attention_heads * length
+    kept = 6.8 * hidden + 3.0 * queries + 1.4 * keys + 3.3 * inter
+    kept += probabilities if is_short else 2.0 * queries
+    passing = 4.1 * hidden + queries + 0.8 * keys + 2.0 * inter
+    passing += probabilities * (0.5 if is_short else 1.5)
+    recomputing = 20.0 * hidden + 5 * queries + 7 * keys + 13 * inter
+    recomputing += 0.0 if is_short else 1.5 * probabilities
     return kept, passing, recomputing
 
 

@@ -15,10 +15,10 @@ from __future__ import annotations
 import math
 
 import mlx.core as mx
-import mlx.nn as nn
 
 from solollm.architecture import ModelConfig
 from solollm_mlx.attention import attend
+from solollm_mlx.exponential import swiglu
 
 Weights = dict[str, mx.array]
 
@@ -73,7 +73,7 @@ def block(
     normed = rms_norm(x, weights["post_attention_layernorm.weight"], config)
     gate = linear(normed, weights["mlp.gate_proj.weight"])  # [B, T, F]
     up = linear(normed, weights["mlp.up_proj.weight"])  # [B, T, F]
-    return x + linear(nn.silu(gate) * up, weights["mlp.down_proj.weight"])  # [B, T, C]
+    return x + linear(swiglu(gate, up), weights["mlp.down_proj.weight"])  # [B, T, C]
 
 
 def rms_norm(x: mx.array, weight: mx.array, config: ModelConfig) -> mx.array:

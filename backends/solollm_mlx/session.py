@@ -38,6 +38,8 @@ from solollm.backend import (
 from solollm.errors import BackendError, ConfigError, nearest
 from solollm_mlx import loss
 from solollm_mlx.compiling import should_compile
+from solollm_mlx.limits import bounded_run_ahead
+from solollm_mlx.memory import step_bytes
 from solollm_mlx.model import Weights, head_weight, hidden_states
 from solollm_mlx.optim import GROUP_ELEMENTS, Arrays, Optimizer, Step
 from solollm_mlx.state import MlxSnapshot, read_states, read_weights
@@ -87,6 +89,7 @@ class MlxSession(TrainSession):
         self._model, self._plan, self._group = model, plan, group
         self.rank, self.world_size = group.rank(), group.size()
         self._dtype = DTYPES[plan.compute_dtype]
+        self._step_bytes = step_bytes(model, options, plan)
         self._table = options.optimizer
         self._compiled = should_compile(options.backend_options.get("compile", "auto"))
         self._optimizer = Optimizer(model, options.optimizer, compiled=self._compiled)
@@ -107,6 +110,10 @@ class MlxSession(TrainSession):
         return {"compile": self._compiled}
 
     def train_step(self, batch: Batch, *, lr: float) -> PendingMetrics:
+        with bounded_run_ahead(self._step_bytes):
+            return self._train_step(batch, lr)
+
+    def _train_step(self, batch: Batch, lr: float) -> PendingMetrics:
         total, gradients = self._gradients(batch)
         squares = summed_squares(gradients)
         numbers, factor, counters = self._verdict(total, squares, self._counters)
@@ -121,6 +128,10 @@ class MlxSession(TrainSession):
         return _Pending(numbers, batch.num_targets)
 
     def probe_step(self, batch: Batch) -> StepMetrics:
+        with bounded_run_ahead(self._step_bytes):
+            return self._probe_step(batch)
+
+    def _probe_step(self, batch: Batch) -> StepMetrics:
         total, gradients = self._gradients(batch)
         numbers, _, _ = self._verdict(total, summed_squares(gradients), self._counters)
         return _Pending(numbers, batch.num_targets).result()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
@@ -10,7 +11,11 @@ from rich.table import Table
 from solollm.commands import console, print_json
 
 if TYPE_CHECKING:
+    import numpy as np
+
+    from solollm.architecture import ModelConfig
     from solollm.benchmark import TrainBenchmark
+    from solollm.text_benchmark import TextBenchmark
 
 
 @click.group()
@@ -30,11 +35,15 @@ def command() -> None:
 @click.option("--seq-len", type=click.IntRange(min=2), default=256, show_default=True)
 @click.option("--depth", type=int, default=None, help="The dial's model instead of the 17M one.")
 @click.option("--stack", "stacks", multiple=True, help="Only these peers. Default: all installed.")
+@click.option(
+    "--text", default="", help="Documents of their own lengths: a .jsonl or text file, or `stdlib`."
+)
+@click.option("--longest", type=click.IntRange(min=2), default=2048, help="With --text: cut here.")
 @click.option("--alone", is_flag=True, help="No peers.")
 @click.option("--json", "as_json", is_flag=True, help="One JSON document on standard output.")
 def train(
     backend: str, rounds: int, batch_size: int, seq_len: int, depth: int | None,
-    stacks: tuple[str, ...], alone: bool, as_json: bool,
+    stacks: tuple[str, ...], text: str, longest: int, alone: bool, as_json: bool,
 ) -> None:  # fmt: skip
     """Training speed against the matrix-multiply rate and the peers installed here.
 
@@ -42,17 +51,36 @@ def train(
     Example:
       solollm bench train
       solollm bench train --depth 6 --alone
+      solollm bench train --backend mlx --text train.jsonl --batch-size 4
+
+    With --text every stack reads the same documents: a peer in batches of its own making of
+    --batch-size documents, ours packed into full rows. Useful tokens and peak memory are compared.
     """
     from solollm.benchmark import DEFAULT_MODEL, bench_train
     from solollm.dial import from_depth
     from solollm.registry import select_backend
+    from solollm.text_benchmark import bench_text
 
     model = DEFAULT_MODEL if depth is None else from_depth(depth, DEFAULT_MODEL.vocab_size)
+    chosen = select_backend(backend).backend
+    wanted = () if alone else (stacks or None)
     terminal = console(stderr=True)
+    if text:
+        with terminal.status("reading") as status:
+            documents = _documents(text, model, longest, 4 * batch_size * (rounds + 1))
+            read = bench_text(
+                chosen, documents, model=model, batch_size=batch_size, rounds=rounds,
+                stacks=wanted, tell=status.update,
+            )  # fmt: skip
+        if as_json:
+            print_json(read.to_json())
+        else:
+            _show_text(read)
+        return
     with terminal.status("starting") as status:
         measured = bench_train(
-            select_backend(backend).backend, model=model, batch_size=batch_size, seq_len=seq_len,
-            rounds=rounds, stacks=() if alone else (stacks or None), tell=status.update,
+            chosen, model=model, batch_size=batch_size, seq_len=seq_len,
+            rounds=rounds, stacks=wanted, tell=status.update,
         )  # fmt: skip
     if as_json:
         print_json(measured.to_json())
@@ -60,9 +88,39 @@ def train(
         _show(measured)
 
 
+def _documents(text: str, model: ModelConfig, longest: int, most: int) -> list[np.ndarray]:
+    from solollm.text_benchmark import read_documents
+
+    path = None if text == "stdlib" else Path(text)
+    return read_documents(path, model.vocab_size, longest, most)
+
+
+def _show_text(read: TextBenchmark) -> None:
+    table = Table(box=None, pad_edge=False)
+    for name in ("stack", "useful tokens/CPU-s", "peak MB", "speed", "memory", "loss"):
+        table.add_column(name, justify="left" if name == "stack" else "right")
+    for stack in read.stacks:
+        is_ours = stack is read.stacks[0]
+        table.add_row(
+            stack.name, f"{stack.useful_tokens_per_cpu_second:,.0f}",
+            f"{stack.peak_bytes / 1e6:,.0f}",
+            "" if is_ours else f"ours {read.speed_ratio(stack.name):.2f}x",
+            "" if is_ours else f"ours {read.memory_ratio(stack.name):.2f}x",
+            f"{stack.losses[-1]:.3f}",
+        )  # fmt: skip
+    terminal = console()
+    terminal.print(
+        f"{read.backend} on {read.device}; {read.num_documents} documents of"
+        f" {read.mean_document_tokens:.0f} tokens on average, {read.longest_document_tokens} at"
+        f" most; ours {read.rows} x {read.seq_len}, peers {read.batch_size} documents per step;"
+        f" fp32, AdamW, {len(read.stacks[0].cpu_seconds)} rounds"
+    )
+    terminal.print(table)
+
+
 def _show(measured: TrainBenchmark) -> None:
     table = Table(box=None, pad_edge=False)
-    for name in ("stack", "tokens/CPU-s", "tokens/s", "of GEMM", "ours / it", "loss"):
+    for name in ("stack", "tokens/CPU-s", "tokens/s", "of GEMM", "ours / it", "loss", "peak MB"):
         table.add_column(name, justify="left" if name == "stack" else "right")
     for stack in measured.stacks:
         ours = stack is measured.stacks[0]
@@ -70,6 +128,7 @@ def _show(measured: TrainBenchmark) -> None:
             stack.name, f"{stack.tokens_per_cpu_second:,.0f}", f"{stack.tokens_per_second:,.0f}",
             f"{stack.share_of_gemm:.0%}", "" if ours else f"{measured.ratio(stack.name):.2f}x",
             "equal" if stack.is_same else f"differs {stack.loss_deviation:.1e}",
+            f"{stack.peak_bytes / 1e6:,.0f}" if stack.peak_bytes else "",
         )  # fmt: skip
     terminal = console()
     versions = ", ".join(f"{name} {value}" for name, value in measured.versions.items())
