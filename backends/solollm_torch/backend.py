@@ -25,7 +25,7 @@ from solollm.backend import (
     Way,
 )
 from solollm.config import OptimizerTable
-from solollm.errors import BackendError
+from solollm.errors import BackendError, ConfigError
 
 if TYPE_CHECKING:
     import torch
@@ -66,13 +66,14 @@ class TorchBackend(Backend):
         device = _device()
         bf16 = _computes_bf16(device)
         return Capabilities(
-            device="cpu" if device.type == "cpu" else "cuda:0",
+            device=str(device),
             train_dtypes=("float32", "bfloat16") if bf16 else ("float32",),
             preferred_dtype="bfloat16" if bf16 and device.type == "cuda" else "float32",
             objectives=("lm",),
             optimizers=("adamw", "muon"),
             state_bits=(32, 16, 8),
             adapters=("lora", "qlora-nf4") if find_spec("bitsandbytes") else ("lora",),
+            multi_device=True,
             versions={"torch": torch.__version__, "python": platform.python_version()},
         )
 
@@ -98,9 +99,21 @@ class TorchBackend(Backend):
         self, model: ModelConfig, options: SessionOptions, plan: Plan
     ) -> TorchSession:
         from solollm_torch.adapter_session import AdapterSession
+        from solollm_torch.ranks import launched
         from solollm_torch.session import TorchSession
 
         _check_version()
+        sharded = launched() or options.backend_options.get("offload") == "fsdp"
+        if sharded and options.adapter is None:
+            from solollm_torch.sharded_session import ShardedSession
+
+            return ShardedSession(model, options, plan, _device())
+        if sharded:
+            raise ConfigError(
+                "an adapter trains in one process, without offload = fsdp",
+                why="its base is frozen, and small enough in 4 bits",
+                fix="start it without torchrun; `base_bits = 4` makes the base small",
+            )
         kind = TorchSession if options.adapter is None else AdapterSession
         return kind(model, options, plan, _device())
 
@@ -134,7 +147,11 @@ class TorchBackend(Backend):
 def _device() -> torch.device:
     import torch
 
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    from solollm_torch.ranks import local_rank
+
+    if not torch.cuda.is_available():
+        return torch.device("cpu")
+    return torch.device("cuda", local_rank())
 
 
 def _computes_bf16(device: torch.device) -> bool:

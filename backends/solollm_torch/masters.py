@@ -7,7 +7,7 @@ stochastically at every update. What is computed with is the float32 or bfloat16
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Literal
 
 import torch
@@ -21,6 +21,8 @@ Master = Literal["float32", "split", "bfloat16"]
 WEIGHT_DTYPES: Mapping[Master, torch.dtype] = {
     "float32": torch.float32, "split": torch.bfloat16, "bfloat16": torch.bfloat16,
 }  # fmt: skip
+
+_JOINED_ELEMENTS = 1 << 20  # put together at once while a split weight is saved
 
 
 class Masters:
@@ -39,6 +41,21 @@ class Masters:
         """The canonical tensor: float32, a new one where it is split; or bfloat16 itself."""
         weight = self.weights[name].detach()
         return join(weight, self.residuals[name]) if name in self.residuals else weight
+
+    def writer(self, name: str) -> Callable[[Tensor], None]:
+        """What writes the canonical tensor into one on the host, without a copy between."""
+        weight, residual = self.weights[name].detach(), self.residuals.get(name)
+
+        def write(target: Tensor) -> None:
+            if residual is None:
+                target.copy_(weight)
+                return
+            flat, halves = target.view(-1), (weight.view(-1), residual.view(-1))
+            for start in range(0, flat.numel(), _JOINED_ELEMENTS):
+                part = slice(start, start + _JOINED_ELEMENTS)
+                flat[part] = join(halves[0][part], halves[1][part])
+
+        return write
 
     @torch.no_grad()
     def write(self, name: str, tensor: Tensor) -> None:

@@ -61,6 +61,7 @@ class Optimizer:
         residuals: Mapping[str, Tensor] | None = None,
         states: Mapping[str, Tensor] | None = None,
         seed: int = 0,
+        first_elements: Mapping[str, int] | None = None,
     ) -> None:
         """Works on its arguments in place.
 
@@ -72,6 +73,7 @@ class Optimizer:
                 master without one is rounded stochastically.
             states: where the states lie, by their name on disk; None: new, zero.
             seed: of stochastic rounding.
+            first_elements: of a whole tensor, where `parameters` holds a stretch of it.
         """
         specs = [spec for spec in trained_table(model, adapter) if spec.name in parameters]
         self._parameters, self._table = dict(parameters), table
@@ -85,9 +87,10 @@ class Optimizer:
         self._stored: dict[str, Storage] = {}  # states by their name
         for spec in specs:
             weight, residual = parameters[spec.name], (residuals or {}).get(spec.name)
-            self._masters[spec.name] = master_storage(weight, residual, (seed, spec.name, 0))
+            stream = (seed, spec.name, (first_elements or {}).get(spec.name, 0))
+            self._masters[spec.name] = master_storage(weight, residual, stream)
             for state in states_of(spec, table):
-                self._stored[f"{state}.{spec.name}"] = self._storage(state, spec.name, seed)
+                self._stored[f"{state}.{spec.name}"] = self._storage(state, stream)
             if table.name == "muon" and spec.group == "matrix":
                 matrices.setdefault(spec.shape, []).append(spec.name)
             elif self._is_plain(spec.name):
@@ -141,12 +144,16 @@ class Optimizer:
         """Take every state from `source`; raises as `load_states`."""
         load_states(self._states, source, self._table)
 
-    def _storage(self, state: State, parameter: str, seed: int) -> Storage:
+    def _storage(self, state: State, stream: tuple[int, str, int]) -> Storage:
+        """`stream`: seed, parameter and first element, as `master_storage` takes them."""
+        seed, parameter, first = stream
         name = f"{state}.{parameter}"
         values = self._states[name].view(-1)
         if values.dtype == torch.uint8:
             return CodedState(state, values, self._states[f"{name}.absmax"])
-        return Plain(values) if values.dtype == torch.float32 else Rounded(values, seed, name)
+        return (
+            Plain(values) if values.dtype == torch.float32 else Rounded(values, seed, name, first)
+        )
 
     def _is_plain(self, parameter: str) -> bool:
         held = [self._masters[parameter]]
@@ -199,21 +206,25 @@ class Optimizer:
     def _orthogonal_step(
         self, names: list[str], gradients: Mapping[str, Tensor], update: Update
     ) -> None:
-        lr, found_inf = update.lr, update.found_inf
         stacked = torch.stack([gradients[name].float() for name in names])  # [N, R, C]
         if update.grad_scale is not None:
             stacked.mul_(update.grad_scale)
         for name, gradient in zip(names, stacked, strict=True):
             self._accumulate(name, gradient, update)
         directions = orthogonalize(stacked)
-        rate = -lr * 0.2 * math.sqrt(max(stacked.shape[1:]))
+        rate = -update.lr * 0.2 * math.sqrt(max(stacked.shape[1:]))
         for name, direction in zip(names, directions, strict=True):
-            everything = slice(0, direction.numel())
-            weight = self._masters[name].decode(everything)
-            before = weight.clone() if found_inf is not None else None
-            weight.mul_(1 - lr * self._table.weight_decay).add_(direction.view(-1), alpha=rate)
-            _put_back(weight, before, found_inf)
-            self._masters[name].encode(everything, weight, update.updates)
+            self._take_direction(name, direction, rate, update)
+
+    def _take_direction(self, name: str, direction: Tensor, rate: float, update: Update) -> None:
+        """weight = weight * (1 - lr * decay) + direction * rate."""
+        everything, found_inf = slice(0, direction.numel()), update.found_inf
+        weight = self._masters[name].decode(everything)
+        before = weight.clone() if found_inf is not None else None
+        weight.mul_(1 - update.lr * self._table.weight_decay)
+        weight.add_(direction.reshape(-1), alpha=rate)
+        _put_back(weight, before, found_inf)
+        self._masters[name].encode(everything, weight, update.updates)
 
     def _accumulate(self, name: str, gradient: Tensor, update: Update) -> None:
         """Take the gradient into the momentum and leave Nesterov's mean of both in `gradient`."""

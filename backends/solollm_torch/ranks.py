@@ -7,6 +7,7 @@ one in its own memory. What a lost process looks like is known here too.
 from __future__ import annotations
 
 import atexit
+import functools
 import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -76,6 +77,13 @@ def join(device: torch.device) -> None:
             fix="check the launcher's --rdzv-endpoint or --master-addr and --master-port",
         ) from error
     atexit.register(_leave)
+
+
+@functools.cache
+def host_group() -> dist.ProcessGroup:
+    """A second group between the processors of all ranks, for what goes on beside training: what
+    is sent in the one never mixes with the other. Collective when first asked for."""
+    return dist.new_group(backend="gloo")
 
 
 def _leave() -> None:

@@ -61,7 +61,7 @@ from solollm_torch.units import (
     unit_parameters,
 )
 
-OPTIONS = ("compile", "deterministic", "gradients", "master", "threads")
+OPTIONS = ("compile", "deterministic", "gradients", "master", "offload", "threads")
 
 
 class _Step(PendingMetrics):

@@ -1,0 +1,149 @@
+"""What crosses the seam of a sharded session: read, and streamed, one tensor at a time.
+
+Nobody ever holds the whole model for it. Reading, each rank takes its own rows of every tensor.
+Saving, rank 0 puts one tensor together from the rows of all, hands it out, and goes on to the next.
+"""
+
+from __future__ import annotations
+
+import functools
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from solollm.backend import DType, HostTensor, Snapshot, TensorSource
+from solollm.errors import IntegrityError
+from solollm_torch.ranks import lost_ranks_named
+from solollm_torch.sharding import Part
+from solollm_torch.state import TORCH_DTYPES, Specs, to_host
+
+_END = -1
+
+
+class OwnRows:
+    """A `TensorSource` of whole tensors as one of this rank's rows of them."""
+
+    def __init__(self, source: TensorSource, parts: Mapping[str, Part]) -> None:
+        """`parts`: of every tensor that is read."""
+        self._source, self._parts = source, parts
+
+    def names(self) -> Sequence[str]:
+        return self._source.names()
+
+    def read(self, name: str) -> HostTensor:
+        """Raises IntegrityError for a tensor of another shape than its part's."""
+        whole, part = self._source.read(name), self._parts[name]
+        if tuple(whole.shape) != part.shape:
+            raise IntegrityError(
+                f"{name} does not fit: misshapen, {list(whole.shape)} instead of"
+                f" {list(part.shape)}",
+                fix="use the configuration that it was saved with",
+            )
+        rows = whole.data[part.own_rows]
+        return HostTensor(whole.dtype, tuple(rows.shape), rows)
+
+
+class Streamed(NamedTuple):
+    """A tensor to be saved; `write` puts this rank's rows of it into a tensor on the host."""
+
+    name: str
+    dtype: DType
+    part: Part
+    write: Callable[[Tensor], object]
+
+
+class ShardedSnapshot(Snapshot):
+    """The state as it is while nobody trains: a view of the session's memory.
+
+    On rank 0 each tensor is gathered when it is asked for; the other ranks attend meanwhile. Where
+    training goes on before all has been read, what is left is copied first (`preserve`).
+    """
+
+    is_live = True
+
+    def __init__(
+        self,
+        parameters: Sequence[Streamed],
+        optimizer: Sequence[Streamed],
+        session_state: Mapping[str, int | float],
+        group: dist.ProcessGroup,
+    ) -> None:
+        self.session_state = dict(session_state)
+        self._num_parameters = len(parameters)
+        self._tensors = [*parameters, *optimizer]
+        self._read: set[int] = set()
+        self._group = group
+        self._lock = threading.Lock()
+
+    def parameters(self) -> Iterator[tuple[str, HostTensor]]:
+        return map(self._whole, range(self._num_parameters))
+
+    def optimizer(self) -> Iterator[tuple[str, HostTensor]]:
+        return map(self._whole, range(self._num_parameters, len(self._tensors)))
+
+    def parameter_specs(self) -> Specs:
+        return [(t.name, t.dtype, t.part.shape) for t in self._tensors[: self._num_parameters]]
+
+    def optimizer_specs(self) -> Specs:
+        return [(t.name, t.dtype, t.part.shape) for t in self._tensors[self._num_parameters :]]
+
+    def attend(self) -> None:
+        assert dist.get_rank(self._group) > 0, "rank 0 streams"
+        index = torch.zeros((), dtype=torch.int64)
+        with lost_ranks_named():
+            while True:
+                dist.broadcast(index, 0, group=self._group)
+                if int(index) == _END:
+                    return
+                rows = self._own_rows(int(index))
+                if rows.numel():
+                    dist.send(_bits(rows), 0, group=self._group)
+
+    def preserve(self) -> None:
+        """Copy what nobody has read yet: the state is about to change."""
+        for index in range(len(self._tensors)):
+            with self._lock:
+                if index not in self._read:
+                    copied = self._own_rows(index)
+                    write = functools.partial(torch.Tensor.copy_, other=copied)
+                    self._tensors[index] = self._tensors[index]._replace(write=write)
+
+    def close(self) -> None:
+        was_open = bool(self._tensors)
+        with self._lock:
+            self._tensors = []
+        leads = dist.get_rank(self._group) == 0
+        if was_open and leads and dist.get_world_size(self._group) > 1:
+            with lost_ranks_named():
+                dist.broadcast(torch.tensor(_END), 0, group=self._group)
+
+    def _own_rows(self, index: int) -> Tensor:
+        """A new tensor on the host."""
+        tensor = self._tensors[index]
+        start, stop = tensor.part.rows[tensor.part.rank]
+        rows = torch.empty((stop - start, *tensor.part.shape[1:]), dtype=TORCH_DTYPES[tensor.dtype])
+        tensor.write(rows)
+        return rows
+
+    def _whole(self, index: int) -> tuple[str, HostTensor]:
+        tensor = self._tensors[index]
+        whole = torch.empty(tensor.part.shape, dtype=TORCH_DTYPES[tensor.dtype])
+        with lost_ranks_named():
+            if dist.get_world_size(self._group) > 1:
+                dist.broadcast(torch.tensor(index), 0, group=self._group)
+            with self._lock:
+                self._read.add(index)
+                self._tensors[index].write(whole[tensor.part.own_rows])
+            for rank, (start, stop) in enumerate(tensor.part.rows):
+                if rank != tensor.part.rank and start < stop:
+                    dist.recv(_bits(whole[start:stop]), rank, group=self._group)
+        return tensor.name, to_host(whole)
+
+
+def _bits(rows: Tensor) -> Tensor:
+    """Contiguous rows as bytes: gloo does not know every dtype."""
+    return rows.view(-1).view(torch.uint8)
