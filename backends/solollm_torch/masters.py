@@ -22,7 +22,7 @@ WEIGHT_DTYPES: Mapping[Master, torch.dtype] = {
     "float32": torch.float32, "split": torch.bfloat16, "bfloat16": torch.bfloat16,
 }  # fmt: skip
 
-_JOINED_ELEMENTS = 1 << 20  # put together at once while a split weight is saved
+JOINED_ELEMENTS = 1 << 20  # put together at once while a split weight is saved
 
 
 class Masters:
@@ -51,8 +51,8 @@ class Masters:
                 target.copy_(weight)
                 return
             flat, halves = target.view(-1), (weight.view(-1), residual.view(-1))
-            for start in range(0, flat.numel(), _JOINED_ELEMENTS):
-                part = slice(start, start + _JOINED_ELEMENTS)
+            for start in range(0, flat.numel(), JOINED_ELEMENTS):
+                part = slice(start, start + JOINED_ELEMENTS)
                 flat[part] = join(halves[0][part], halves[1][part])
 
         return write

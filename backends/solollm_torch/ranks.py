@@ -83,7 +83,8 @@ def join(device: torch.device) -> None:
 def host_group() -> dist.ProcessGroup:
     """A second group between the processors of all ranks, for what goes on beside training: what
     is sent in the one never mixes with the other. Collective when first asked for."""
-    return dist.new_group(backend="gloo")
+    group: dist.ProcessGroup = dist.new_group(backend="gloo")
+    return group
 
 
 def _leave() -> None:

@@ -102,7 +102,7 @@ def orthogonal_rows(matrices: Sequence[Tensor], parts: Sequence[Part]) -> list[T
         if own:  # rows of all ranks, in the order of the ranks, are the matrix
             whole = orthogonalize(whole.view(1, *own.shape)).view(-1)
         dist.all_to_all_single(sent, whole, to_owner, from_all)
-    rows = sent.split(to_owner[: len(matrices)])
+    rows = torch.split(sent, to_owner[: len(matrices)])
     return [r.view_as(m) for r, m in zip(rows, matrices, strict=True)]
 
 
@@ -110,9 +110,11 @@ def norm_over_ranks(gradients: Iterable[Tensor]) -> Tensor:
     """The norm of all ranks' rows of some gradients, fp32 0-dim. Collective."""
     norms = gradient_norms([g for g in gradients if g.numel()])
     if dist.get_world_size() == 1:
-        return torch.linalg.vector_norm(torch.stack(norms))
-    squares = torch.stack([n.double() for n in norms]).square().sum() if norms else torch.zeros(())
-    squares = squares.double()
+        alone: Tensor = torch.linalg.vector_norm(torch.stack(norms))
+        return alone
+    squares = torch.zeros((), dtype=torch.float64)
+    if norms:
+        squares = torch.stack(norms).double().square().sum()
     dist.all_reduce(squares)
     return squares.sqrt().float()
 
@@ -140,7 +142,8 @@ class HookedUpdates:
         self._parameters = [{id(stored[n]): stored[n] for n in names} for names in units]
         for unit, parameters in enumerate(self._parameters):
             for parameter in parameters.values():
-                parameter.register_post_accumulate_grad_hook(partial(self._on_gradient, unit))
+                hook = partial(self._on_gradient, unit)
+                parameter.register_post_accumulate_grad_hook(hook)  # type: ignore[no-untyped-call]
         self._step: LaggedStep | None = None
         self._missing: list[set[int]] = []
         self._norms: list[Tensor] = []
@@ -161,15 +164,16 @@ class HookedUpdates:
 
     def total_norm(self) -> Tensor:
         """Of all gradients of the step, fp32 0-dim."""
-        return torch.linalg.vector_norm(torch.stack(self._norms))
+        norm: Tensor = torch.linalg.vector_norm(torch.stack(self._norms))
+        return norm
 
     def close(self) -> None:
         self._worker.shutdown()
 
     def _on_gradient(self, unit: int, parameter: Tensor) -> None:
-        missing = self._missing[unit] if self._step is not None else None
-        if missing is None:
+        if self._step is None:
             return
+        missing = self._missing[unit]
         missing.discard(id(parameter))
         if missing:
             return

@@ -111,17 +111,18 @@ class ShardedSession(TorchSession):
     def _set_up_updates(self, options: SessionOptions) -> None:
         lagged = self._table.clip == "lagged"
         units = UnitNames.of(self._model).backward_order if lagged else [list(self._parts)]
-        self._optimizers = [
+        optimizers = [
             ShardedOptimizer(
                 names, masters=self._masters, parts=self._parts, model=self._model,
                 table=self._table, states=self._states, seed=options.seed, device=self._device,
             )
             for names in units
         ]  # fmt: skip
+        self._optimizers = [*optimizers]
         self._hooked: HookedUpdates | None = None
         if lagged:
             self._hooked = HookedUpdates(
-                units, self._stored, self._optimizers, take_gradients=self._take_gradients
+                units, self._stored, optimizers, take_gradients=self._take_gradients
             )
 
     def _take_gradients(self, names: Sequence[str]) -> dict[str, Tensor]:
@@ -276,6 +277,8 @@ class ShardedSession(TorchSession):
 
     def close(self) -> None:
         self.settle()
+        if self._hooked is not None:
+            self._hooked.close()
         del self._decoder, self._stored, self._masters, self._states, self._optimizers
         del self._gradients, self._hooked, self._snapshots
         if self._device.type == "cuda":

@@ -107,7 +107,7 @@ class ShardedSnapshot(Snapshot):
         """Copy what nobody has read yet: the state is about to change."""
         for index in range(len(self._tensors)):
             with self._lock:
-                if index not in self._read:
+                if index < len(self._tensors) and index not in self._read:
                     copied = self._own_rows(index)
                     write = functools.partial(torch.Tensor.copy_, other=copied)
                     self._tensors[index] = self._tensors[index]._replace(write=write)
