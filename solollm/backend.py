@@ -169,7 +169,7 @@ class Snapshot(ABC):
 
     @abstractmethod
     def parameters(self) -> Iterator[tuple[str, HostTensor]]:
-        """Masters in table order, one tensor live at a time."""
+        """Masters in table order, one tensor live at a time: its memory may be the next one's."""
 
     @abstractmethod
     def optimizer(self) -> Iterator[tuple[str, HostTensor]]: ...

@@ -7,6 +7,7 @@ Saving, rank 0 puts one tensor together from the rows of all, hands it out, and 
 from __future__ import annotations
 
 import functools
+import math
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import NamedTuple
@@ -15,7 +16,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from solollm.backend import DType, HostTensor, Snapshot, TensorSource
+from solollm.backend import ITEM_BYTES, DType, HostTensor, Snapshot, TensorSource
 from solollm.errors import IntegrityError
 from solollm_torch.ranks import lost_ranks_named
 from solollm_torch.sharding import Part
@@ -59,8 +60,9 @@ class Streamed(NamedTuple):
 class ShardedSnapshot(Snapshot):
     """The state as it is while nobody trains: a view of the session's memory.
 
-    On rank 0 each tensor is gathered when it is asked for; the other ranks attend meanwhile. Where
-    training goes on before all has been read, what is left is copied first (`preserve`).
+    On rank 0 each tensor is gathered when it is asked for, into the memory of the one before; the
+    other ranks attend meanwhile. Where training goes on before all has been read, what is left is
+    copied first (`preserve`).
     """
 
     is_live = True
@@ -77,6 +79,7 @@ class ShardedSnapshot(Snapshot):
         self._tensors = [*parameters, *optimizer]
         self._read: set[int] = set()
         self._group = group
+        self._buffer: Tensor | None = None
         self._lock = threading.Lock()
 
     def parameters(self) -> Iterator[tuple[str, HostTensor]]:
@@ -115,11 +118,19 @@ class ShardedSnapshot(Snapshot):
     def close(self) -> None:
         was_open = bool(self._tensors)
         with self._lock:
-            self._tensors = []
+            self._tensors, self._buffer = [], None
         leads = dist.get_rank(self._group) == 0
         if was_open and leads and dist.get_world_size(self._group) > 1:
             with lost_ranks_named():
                 dist.broadcast(torch.tensor(_END), 0, group=self._group)
+
+    def _room(self, tensor: Streamed) -> Tensor:
+        """Memory for a whole tensor: the same for each, of the size of the largest."""
+        if self._buffer is None:
+            largest = max(_num_bytes(t) for t in self._tensors)
+            self._buffer = torch.empty(largest, dtype=torch.uint8)
+        room = self._buffer[: _num_bytes(tensor)]
+        return room.view(TORCH_DTYPES[tensor.dtype]).view(tensor.part.shape)
 
     def _own_rows(self, index: int) -> Tensor:
         """A new tensor on the host."""
@@ -131,7 +142,7 @@ class ShardedSnapshot(Snapshot):
 
     def _whole(self, index: int) -> tuple[str, HostTensor]:
         tensor = self._tensors[index]
-        whole = torch.empty(tensor.part.shape, dtype=TORCH_DTYPES[tensor.dtype])
+        whole = self._room(tensor)
         with lost_ranks_named():
             if dist.get_world_size(self._group) > 1:
                 dist.broadcast(torch.tensor(index), 0, group=self._group)
@@ -142,6 +153,10 @@ class ShardedSnapshot(Snapshot):
                 if rank != tensor.part.rank and start < stop:
                     dist.recv(_bits(whole[start:stop]), rank, group=self._group)
         return tensor.name, to_host(whole)
+
+
+def _num_bytes(tensor: Streamed) -> int:
+    return math.prod(tensor.part.shape) * ITEM_BYTES[tensor.dtype]
 
 
 def _bits(rows: Tensor) -> Tensor:

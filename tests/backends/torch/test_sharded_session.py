@@ -143,11 +143,11 @@ def test_a_snapshot_that_nobody_has_read_is_kept_when_training_goes_on() -> None
     expected, snapshot = state_of(session), session.snapshot()
     assert snapshot.is_live
     stream = snapshot.parameters()
-    first = dict([next(stream)])
+    found = {name: tensor.data.copy() for name, tensor in [next(stream)]}
     train(session, [2])
-    rest = dict(stream)
-    for name, tensor in {**first, **rest}.items():
-        np.testing.assert_array_equal(tensor.data, expected.parameters[name].data, err_msg=name)
+    found |= {name: tensor.data.copy() for name, tensor in stream}
+    for name, values in found.items():
+        np.testing.assert_array_equal(values, expected.parameters[name].data, err_msg=name)
     snapshot.close()
 
 
