@@ -102,7 +102,9 @@ class ShardedSnapshot(Snapshot):
                 dist.broadcast(index, 0, group=self._group)
                 if int(index) == _END:
                     return
-                rows = self._own_rows(int(index))
+                tensor = self._tensors[int(index)]
+                rows = self._room(tensor)[: tensor.part.own_shape[0]]
+                tensor.write(rows)
                 if rows.numel():
                     dist.send(_bits(rows), 0, group=self._group)
 
@@ -135,8 +137,7 @@ class ShardedSnapshot(Snapshot):
     def _own_rows(self, index: int) -> Tensor:
         """A new tensor on the host."""
         tensor = self._tensors[index]
-        start, stop = tensor.part.rows[tensor.part.rank]
-        rows = torch.empty((stop - start, *tensor.part.shape[1:]), dtype=TORCH_DTYPES[tensor.dtype])
+        rows = torch.empty(tensor.part.own_shape, dtype=TORCH_DTYPES[tensor.dtype])
         tensor.write(rows)
         return rows
 
