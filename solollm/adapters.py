@@ -11,7 +11,7 @@ Shapes: r rank, A [r, in], B [out, r] beside a weight [out, in].
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal, NamedTuple, get_args
 
 import numpy as np
@@ -92,6 +92,11 @@ def adapter_table(model: ModelConfig, options: AdapterOptions) -> list[Parameter
 def trained_table(model: ModelConfig, options: AdapterOptions | None) -> list[ParameterSpec]:
     """What a session trains, saves and loads: the adapter's tensors, or all of the model's."""
     return parameter_table(model) if options is None else adapter_table(model, options)
+
+
+def codec_of(adapters: Sequence[str]) -> str:
+    """The codec of a quantised base among a backend's `capabilities().adapters`, or ""."""
+    return next((kind.partition("-")[2] for kind in adapters if kind.startswith("qlora-")), "")
 
 
 def merged(weight: np.ndarray, a: np.ndarray, b: np.ndarray, scale: float) -> np.ndarray:

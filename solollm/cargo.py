@@ -75,7 +75,7 @@ def promised_checkpoint(run: Run, *, step: int | None = None, backend: str = "au
     prepared = prepare(with_paths_to(run.config, run.path), backend=backend, recorded=recorded)
     shape = prepared.shape
     streams = open_streams(prepared.config, batch_size=shape.batch_size, seq_len=shape.seq_len)
-    with closing(open_session(prepared, streams, checkpoint)) as session:
+    with closing(open_session(prepared, streams, checkpoint).session) as session:
         ahead = look_ahead(session, streams.train, checkpoint.step)
         environment = environment_of(prepared.backend, prepared.plan, session)
         if recorded.changes(environment):

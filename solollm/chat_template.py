@@ -64,6 +64,11 @@ class ChatTemplate:
             "solollm.chat_template:render_request", seconds=RENDER_SECONDS
         )  # fmt: skip
 
+    @property
+    def marks_generation(self) -> bool:
+        """Whether the template says itself what the assistant produces."""
+        return re.search(r"\{%[-+]?\s*generation\b", self.source) is not None
+
     def render(self, messages: Sequence[Message], add_generation_prompt: bool = False) -> str:
         """The conversation as text.
 

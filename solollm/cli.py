@@ -25,6 +25,7 @@ COMMANDS = {
     "data": "Build a corpus from files, folders and datasets.",
     "tokenizer": "Train a tokenizer, or look at one.",
     "pretrain": "Train a model from scratch, or from a checkpoint's weights.",
+    "finetune": "Teach a model to answer, on rows of conversations.",
     "resume": "Continue an interrupted run.",
     "generate": "Complete a prompt.",
     "chat": "Talk to a model.",

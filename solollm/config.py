@@ -180,13 +180,19 @@ class RunConfig(_Table):
     backend_options: dict[str, dict[str, bool | int | float | str]] = {}
 
 
-def load_config(path: Path | None = None, overrides: Sequence[str] = ()) -> RunConfig:
-    """Read a config file (.toml, .yaml, .yml) and apply `--set` overrides, `table.key=value`.
+def load_config(
+    path: Path | None = None, overrides: Sequence[str] = (), *, defaults: Sequence[str] = ()
+) -> RunConfig:
+    """Read a config file (.toml, .yaml, .yml) and apply `--set` overrides, `table.key=value`, over
+    it; `defaults` of the same form stand below both.
 
     Raises:
         ConfigError: no file, not parseable, an unknown key (names the nearest), a bad value.
     """
-    raw: dict[str, Any] = _read(path) if path is not None else {}
+    raw: dict[str, Any] = {}
+    for item in defaults:
+        _apply(raw, item)
+    _merge(raw, _read(path) if path is not None else {})
     for item in overrides:
         _apply(raw, item)
     return parse_config(raw)
@@ -235,6 +241,14 @@ def _read(path: Path) -> dict[str, Any]:
             raise ConfigError(f"cannot parse config {path}", why=str(error)) from error
         raise
     raise ConfigError(f"{path} is neither .toml nor .yaml", fix="rename it")
+
+
+def _merge(raw: dict[str, Any], over: Mapping[str, Any]) -> None:
+    for key, value in over.items():
+        if isinstance(value, Mapping) and isinstance(raw.get(key), dict):
+            _merge(raw[key], value)
+        else:
+            raw[key] = value
 
 
 def _apply(raw: dict[str, Any], item: str) -> None:

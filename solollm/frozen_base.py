@@ -96,10 +96,14 @@ class BaseSource:
 
     def require(self, expected: str, place: str) -> None:
         """Raise IntegrityError unless this is the base of `expected` content."""
-        content = self.content()
-        if content != expected:
-            raise IntegrityError(
-                f"{place} is not the base that this adapter was trained on",
-                why=f"its content is {content[:12]}, the adapter's base.json says {expected[:12]}",
-                fix="give the same base again: the same checkpoint, or the same imported model",
-            )
+        require_content(self.content(), expected, place)
+
+
+def require_content(found: str, expected: str, place: str) -> None:
+    """Raise IntegrityError unless `place` is the base of `expected` content."""
+    if found != expected:
+        raise IntegrityError(
+            f"{place} is not the base that this adapter was trained on",
+            why=f"its content is {found[:12]}, the adapter's base.json says {expected[:12]}",
+            fix="give the same base again: the same checkpoint, or the same imported model",
+        )

@@ -8,7 +8,7 @@ from typing import NamedTuple
 from solollm.architecture import ModelConfig
 from solollm.backend import EngineOptions, Request, SamplingParams, TrainSession
 from solollm.config import EvalTable
-from solollm.data.stream import BatchStream
+from solollm.data.stream import EpochStream
 from solollm.tokenizer import Tokenizer
 
 _SAMPLING = SamplingParams(temperature=0.8, top_p=0.95)
@@ -34,7 +34,7 @@ def bits_per_byte(loss: float, bytes_per_target: float) -> float:
     return loss / math.log(2) / bytes_per_target
 
 
-def held_out_loss(session: TrainSession, stream: BatchStream, batches: int) -> HeldOut:
+def held_out_loss(session: TrainSession, stream: EpochStream, batches: int) -> HeldOut:
     """The loss over the first `batches` batches of the stream, the same ones every time. Over a
     part of the split, bits per byte use the whole split's bytes per target."""
     nll, targets = 0.0, 0
@@ -46,16 +46,27 @@ def held_out_loss(session: TrainSession, stream: BatchStream, batches: int) -> H
 
 
 def samples(
-    session: TrainSession, tokenizer: Tokenizer, model: ModelConfig, table: EvalTable
+    session: TrainSession,
+    tokenizer: Tokenizer,
+    model: ModelConfig,
+    table: EvalTable,
+    *,
+    is_chat: bool = False,
 ) -> list[Sample]:
-    """Continue each of the config's prompts, with the same random bits every time."""
+    """Continue each of the config's prompts, with the same random bits every time; `is_chat`:
+    answer it."""
     from solollm.generation import generate
+
+    def ids_of(prompt: str) -> list[int]:
+        if is_chat:
+            return tokenizer.apply_chat_template([{"role": "user", "content": prompt}])
+        return [tokenizer.bos_id, *tokenizer.encode(prompt)]
 
     room = model.max_position_embeddings
     new_tokens = min(table.sample_tokens, room - 1)
     requests = [
         Request(
-            prompt_ids=[tokenizer.bos_id, *tokenizer.encode(prompt)][: room - new_tokens],
+            prompt_ids=ids_of(prompt)[: room - new_tokens],
             max_new_tokens=new_tokens,
             sampling=_SAMPLING,
             stop_ids=frozenset(tokenizer.stop_ids),

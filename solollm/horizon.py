@@ -216,6 +216,11 @@ def session_options(config: RunConfig, backend: Backend) -> SessionOptions:
     )
 
 
+def trains_adapter(config: RunConfig) -> bool:
+    """Whether the base stays frozen."""
+    return config.finetune is not None and config.finetune.method != "full"
+
+
 def adapter_options(table: FinetuneTable, *, seed: int) -> AdapterOptions | None:
     """The adapter that a fine-tuning trains; None where it trains everything."""
     if table.method == "full":

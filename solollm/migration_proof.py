@@ -146,7 +146,7 @@ def _comes_back(run: Path, backend: str) -> bool:
         prepared.config, batch_size=prepared.shape.batch_size, seq_len=prepared.shape.seq_len
     )
     with (
-        closing(open_session(prepared, streams, checkpoint)) as session,
+        closing(open_session(prepared, streams, checkpoint).session) as session,
         closing(session.snapshot()) as snapshot,
     ):
         parameters = {name: tensor_digest(tensor) for name, tensor in snapshot.parameters()}

@@ -23,6 +23,9 @@ from solollm.data.stream import StepStream, require_fingerprint
 from solollm.environments import Recorded, environment_of, for_here, lineage_entry
 from solollm.errors import ConfigError, IntegrityError, SoloLLMError
 from solollm.faults import noting_faults
+from solollm.finetune.rendering import answer_settings
+from solollm.finetune.samples import tokenizer_of_samples
+from solollm.frozen_base import TrainedAdapter
 from solollm.horizon import (
     Shape,
     deepest_shape,
@@ -32,6 +35,7 @@ from solollm.horizon import (
     resolve_shape,
     session_options,
     settled,
+    trains_adapter,
     updated,
 )
 from solollm.host import this_host
@@ -41,14 +45,26 @@ from solollm.registry import Selected, find_backends, select_backend
 from solollm.report.html import write_report
 from solollm.report.sinks import open_sinks
 from solollm.run_log import Row, Sink
-from solollm.run_streams import RunStreams, open_split, open_streams
+from solollm.run_streams import RunStreams, open_streams
 from solollm.runs import Run
-from solollm.starting_weights import StartingWeights, read_starting_weights
+from solollm.starting_weights import (
+    StartingWeights,
+    bring_base,
+    read_starting_weights,
+    require_same_base,
+)
 from solollm.tokenizer import Tokenizer
 from solollm.trainer import Trainer
 from solollm.vitals import Host
 from solollm.watch import Watch
 from solollm.workload import Progress, TrainResult, Workload
+
+
+class OpenedSession(NamedTuple):
+    """A session, and what its checkpoints say of its adapter, if that is what it trains."""
+
+    session: TrainSession
+    adapter: TrainedAdapter | None
 
 
 class Start(NamedTuple):
@@ -129,7 +145,7 @@ def resume(
         if corpus is not None:
             config = updated(config, "data", corpus=str(corpus))
         if checkpoint is not None and checkpoint.step >= (config.train.steps or 0):
-            return _finished(opened, checkpoint)
+            return TrainResult.read(opened, checkpoint)
         recorded = Recorded.of(opened, checkpoint) if checkpoint else None
         prepared = prepare(config, backend=backend, recorded=recorded, memory=memory)
         sinks = [*sinks, *open_sinks(config.log.sinks, run)]
@@ -153,7 +169,7 @@ def prepare(
             why="`data.corpus` is empty",
             fix="give --corpus FOLDER; `solollm data build` makes one",
         )
-    tokenizer = _tokenizer_of(Path(config.data.corpus))
+    tokenizer = _tokenizer_of(Path(config.data.corpus), config)
     selected = _select(backend, config, recorded)
     chosen = selected.backend
     if recorded is not None:
@@ -161,15 +177,16 @@ def prepare(
     if memory:
         config = updated(config, "train", **memory)
     weights = None
-    if config.train.init_from and recorded is None:  # a resumed run has weights of its own
+    # A resumed run has weights of its own, but for the frozen base of an adapter.
+    if config.train.init_from and (recorded is None or trains_adapter(config)):
         weights = read_starting_weights(Path(config.train.init_from), tokenizer)
 
     def sample_batch(rows: int, seq_len: int) -> Batch:
-        corpus = config.data.corpus
-        return open_split(config, corpus, "train", batch_size=rows, seq_len=seq_len).batch(0)
+        return open_streams(config, batch_size=rows, seq_len=seq_len).first.batch(0)
 
     named = config.model.preset or config.model.depth or config.model.config
-    vocab_size = tokenizer.padded_vocab_size
+    is_fixed = config.model.config is not None  # a foreign model's rows may be as many as it likes
+    vocab_size = tokenizer.vocab_size if is_fixed else tokenizer.padded_vocab_size
     if weights is not None:
         shape = resolve_shape(config, weights.model_for(config.model))
     elif config.train.hours is not None and not named:
@@ -193,10 +210,10 @@ def _train(
     """Train from `start`, or from nothing. The caller holds the lock."""
     config, shape = prepared.config, prepared.shape
     streams = open_streams(config, batch_size=shape.batch_size, seq_len=shape.seq_len)
-    session = open_session(prepared, streams, start.checkpoint if start else None)
+    session, adapter = open_session(prepared, streams, start.checkpoint if start else None)
     with closing(session):
         environment = environment_of(prepared.backend, prepared.plan, session)
-        progress = _progress(start.checkpoint if start else None)
+        progress = Progress.of(start.checkpoint if start else None)
         resumed: list[Row] = []
         if start is not None:
             resumed = _go_on(run, start, session, stream=streams.train, environment=environment)
@@ -217,6 +234,9 @@ def _train(
             notes=[*notes, *resumed],
             rehearsed=any(row["kind"] == "continuation_proven" for row in resumed),
             watch=Watch(host, config.machine),
+            adapter=adapter,
+            generation=answer_settings(prepared.tokenizer) if config.finetune else None,
+            is_chat=config.finetune is not None,
         )
         try:
             with host.keep_awake() if config.machine.keep_awake else nullcontext(True) as agreed:
@@ -229,27 +249,34 @@ def _train(
 
 def open_session(
     prepared: Preparation, streams: RunStreams, checkpoint: Checkpoint | None
-) -> TrainSession:
+) -> OpenedSession:
     """A session in the state of `checkpoint`, whose files are closed then; or one at the start.
 
     Raises:
-        IntegrityError: the data is not what the checkpoint was trained on.
+        IntegrityError: the data, or the frozen base, is not what the checkpoint was trained on.
     """
     if checkpoint is not None:
         require_fingerprint(streams.train, checkpoint.state.data.fingerprint)
     options = session_options(prepared.config, prepared.backend)
     session = prepared.backend.train_session(prepared.shape.model, options, prepared.plan)
+    adapter = None
     try:
+        if options.adapter is not None:
+            assert prepared.starting_weights is not None, "an adapter has a base"
+            base = prepared.starting_weights
+            adapter = bring_base(session, base, options.adapter, prepared.backend)
+            if checkpoint is not None:
+                require_same_base(adapter, checkpoint.adapter, prepared.starting_weights.path)
         if checkpoint is not None:
             session.import_parameters(checkpoint.parameters())
             session.import_optimizer(checkpoint.optimizer(), checkpoint.state.session_state)
             checkpoint.close()  # or its disk space would stay taken after it is pruned
-        elif prepared.starting_weights is not None:
+        elif prepared.starting_weights is not None and adapter is None:
             session.import_parameters(prepared.starting_weights.parameters())
     except BaseException:
         session.close()
         raise
-    return session
+    return OpenedSession(session, adapter)
 
 
 def _go_on(
@@ -290,7 +317,9 @@ def _report(run: Run) -> None:
         run.append_event("report_failed", reason=str(error))
 
 
-def _tokenizer_of(corpus: Path) -> Tokenizer:
+def _tokenizer_of(corpus: Path, config: RunConfig) -> Tokenizer:
+    if config.finetune is not None:
+        return tokenizer_of_samples(corpus)
     index = read_index(corpus)
     tokenizer = Tokenizer.load(corpus / "tokenizer")
     if tokenizer.digest != index.tokenizer_digest:
@@ -311,38 +340,6 @@ def _select(name: str, config: RunConfig, recorded: Recorded | None) -> Selected
         before = recorded.environment.backend
         asked = before if before in usable else "auto"
     return select_backend(asked)
-
-
-def _progress(checkpoint: Checkpoint | None) -> Progress:
-    if checkpoint is None:
-        return Progress()
-    state = checkpoint.state
-    return Progress(
-        step=state.step,
-        tokens_seen=state.tokens_seen,
-        best_loss=state.best_loss,
-        best_step=state.best_step,
-        elapsed_seconds=state.elapsed_seconds,
-    )
-
-
-def _finished(run: Run, checkpoint: Checkpoint) -> TrainResult:
-    """The result of a run that has nothing left to do, read back from its files."""
-    rows = run.read_metrics()
-    trained = [row for row in rows if row["kind"] == "train"]
-    measured = [row for row in rows if row["kind"] == "eval"]
-    return TrainResult(
-        run=run.path,
-        checkpoint=checkpoint.path,
-        start_step=checkpoint.step,
-        step=checkpoint.step,
-        tokens_seen=checkpoint.state.tokens_seen,
-        loss=trained[-1]["loss"] if trained else None,
-        validation_loss=measured[-1]["loss"] if measured else None,
-        bits_per_byte=measured[-1]["bits_per_byte"] if measured else None,
-        best_step=checkpoint.state.best_step,
-        elapsed_seconds=checkpoint.state.elapsed_seconds,
-    )
 
 
 def _facts(prepared: Preparation, streams: RunStreams) -> dict[str, Any]:

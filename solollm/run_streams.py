@@ -5,10 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 from typing import NamedTuple
 
-from solollm.config import RunConfig
+from solollm.config import FinetuneTable, RunConfig
 from solollm.data.shards import Split
-from solollm.data.stream import BatchStream, StagedStream, StepStream, open_stream
+from solollm.data.stream import BatchStream, EpochStream, StagedStream, StepStream, open_stream
 from solollm.errors import ConfigError, DataError
+from solollm.finetune.packing import SampleStream
+from solollm.finetune.samples import SampleSplit, read_samples
 from solollm.schedule import decay_start
 
 
@@ -16,8 +18,8 @@ class RunStreams(NamedTuple):
     """`first` is the training stream, or its first stage; no `validation`: nothing is held out."""
 
     train: StepStream
-    first: BatchStream
-    validation: BatchStream | None
+    first: EpochStream
+    validation: EpochStream | None
 
 
 def open_split(
@@ -37,6 +39,8 @@ def open_streams(config: RunConfig, *, batch_size: int, seq_len: int) -> RunStre
         ConfigError: no corpus there, or a decay corpus where nothing decays.
         DataError: no training document. IntegrityError: a damaged corpus.
     """
+    if config.finetune is not None:
+        return _open_samples(config, config.finetune, batch_size=batch_size, seq_len=seq_len)
 
     def opened(corpus: str, split: Split) -> BatchStream:
         return open_split(config, corpus, split, batch_size=batch_size, seq_len=seq_len)
@@ -52,6 +56,23 @@ def open_streams(config: RunConfig, *, batch_size: int, seq_len: int) -> RunStre
     except DataError:  # a corpus built without held-out documents is trained on all the same
         validation = None
     return RunStreams(train, first, validation)
+
+
+def _open_samples(
+    config: RunConfig, table: FinetuneTable, *, batch_size: int, seq_len: int
+) -> RunStreams:
+    """The streams of a fine-tuning: `data.corpus` is the folder of its samples."""
+    samples = read_samples(Path(config.data.corpus))
+
+    def opened(split: SampleSplit) -> SampleStream:
+        return SampleStream(
+            samples, split, seq_len=seq_len, batch_size=batch_size, seed=config.train.seed,
+            packing=table.packing,
+        )  # fmt: skip
+
+    train = opened("train")
+    held_out = opened("held_out") if samples.held_out.num_samples else None
+    return RunStreams(train, train, held_out)
 
 
 def _decay_start(config: RunConfig) -> int:

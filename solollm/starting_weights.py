@@ -9,10 +9,19 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+from solollm.adapters import AdapterOptions, codec_of
 from solollm.architecture import ModelConfig
-from solollm.backend import TensorSource
+from solollm.backend import Backend, TensorSource, TrainSession
 from solollm.config import ModelTable
-from solollm.errors import ConfigError
+from solollm.errors import ConfigError, IntegrityError
+from solollm.frozen_base import (
+    BASE,
+    BaseRecord,
+    BaseSource,
+    TrainedAdapter,
+    require_content,
+)
+from solollm.model_folder import read_origin
 from solollm.strictfile import parse_json, read_bytes
 from solollm.tensorfile import open_weights
 from solollm.tokenizer import Tokenizer
@@ -48,6 +57,12 @@ def read_starting_weights(folder: Path, tokenizer: Tokenizer) -> StartingWeights
         IntegrityError: damaged files.
     """
     config_path = folder / "config.json"
+    if (folder / BASE).is_file():
+        raise ConfigError(
+            f"{folder} holds an adapter, not a whole model",
+            why="a run starts from whole weights",
+            fix=f"solollm export {folder} --to hf --merge --out models/NAME, then that",
+        )
     if not config_path.is_file():
         raise ConfigError(
             f"{folder} holds no config.json",
@@ -70,6 +85,39 @@ def read_starting_weights(folder: Path, tokenizer: Tokenizer) -> StartingWeights
             fix=f"build the corpus with that model's tokenizer: --tokenizer {folder}",
         )
     return StartingWeights(folder, model)
+
+
+def bring_base(
+    session: TrainSession, weights: StartingWeights, options: AdapterOptions, backend: Backend
+) -> TrainedAdapter:
+    """Give an adapter session its base, in one pass over the files; says which one it was.
+
+    Raises:
+        IntegrityError: damaged weights, or not those of the model.
+    """
+    source = BaseSource(weights.parameters())
+    session.import_base(source)
+    origin = read_origin(weights.path)
+    codec = codec_of(backend.capabilities().adapters) if options.base_bits else ""
+    record = {
+        "content": source.content(),
+        "hub_id": origin.name if origin and "/" in origin.name else "",  # else a folder's name
+        "codec": codec,
+        "seed": options.seed,
+        "config": weights.model.to_hf(),
+    }
+    return TrainedAdapter(options, BaseRecord.model_validate(record))
+
+
+def require_same_base(found: TrainedAdapter, expected: TrainedAdapter | None, place: Path) -> None:
+    """Raise IntegrityError unless the base is the one that a checkpoint's adapter was made on."""
+    if expected is None:
+        raise IntegrityError(
+            "the checkpoint holds a whole model, the run's settings train an adapter",
+            why="run.toml was changed, or the checkpoint is another run's",
+            fix="restore the run's own run.toml",
+        )
+    require_content(found.base.content, expected.base.content, str(place))
 
 
 def _same_ids(first: Tokenizer, second: Tokenizer) -> bool:

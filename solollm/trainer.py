@@ -18,7 +18,7 @@ from typing import Any
 
 from solollm.backend import PendingMetrics, StepMetrics
 from solollm.checkpoint import DataPosition, TrainerState
-from solollm.checkpoint_writer import CheckpointContents, CheckpointWriter
+from solollm.checkpoint_writer import CheckpointWriter
 from solollm.continuation import dry_run, promise
 from solollm.data.stream import Prefetch
 from solollm.errors import SoloLLMError, Stopped, StoppedBySignal
@@ -87,7 +87,7 @@ class Trainer:
         self._clock = clock
         self._writer = CheckpointWriter(
             run.checkpoints,
-            CheckpointContents(work.model, work.tokenizer.files(), work.tokenizer.token_ids),
+            work.contents(),
             keep_latest=run.config.checkpoint.keep_latest,
         )
         self._launched: _Launched | None = None
@@ -252,7 +252,9 @@ class Trainer:
         self._resolve()
         work = self._work
         with self._aside():
-            drawn = samples(self._session, work.tokenizer, work.model, self._config.eval)
+            drawn = samples(
+                self._session, work.tokenizer, work.model, self._config.eval, is_chat=work.is_chat
+            )
         for sample in drawn:
             self._log.sample({"step": self._progress.step, **sample._asdict()})
 

@@ -5,15 +5,19 @@ The loop over them is `solollm.trainer`; what makes them of a config is `solollm
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from solollm.architecture import ModelConfig
 from solollm.backend import TrainSession
-from solollm.checkpoint import Environment
-from solollm.data.stream import BatchStream, StepStream
+from solollm.checkpoint import Checkpoint, Environment
+from solollm.checkpoint_writer import CheckpointContents
+from solollm.data.stream import EpochStream, StepStream
+from solollm.frozen_base import TrainedAdapter
 from solollm.run_log import Row
+from solollm.runs import Run
 from solollm.tokenizer import Tokenizer
 from solollm.watch import Watch
 
@@ -28,12 +32,28 @@ class Progress:
     best_step: int | None = None
     elapsed_seconds: float = 0.0
 
+    @classmethod
+    def of(cls, checkpoint: Checkpoint | None) -> Progress:
+        """Where a checkpoint stands; None: at the start."""
+        if checkpoint is None:
+            return cls()
+        state = checkpoint.state
+        return cls(
+            step=state.step,
+            tokens_seen=state.tokens_seen,
+            best_loss=state.best_loss,
+            best_step=state.best_step,
+            elapsed_seconds=state.elapsed_seconds,
+        )
+
 
 @dataclass(frozen=True)
 class Workload:
     """What a trainer works on. `environment`, what a bitwise resume depends on, is stored in every
     checkpoint; `facts` are told to sinks at the start, then `notes`, as events. A session that is
-    `rehearsed` needs no dry run. `watch` looks after the machine; None: nobody does."""
+    `rehearsed` needs no dry run. `adapter` and `generation` are for the checkpoints of a
+    fine-tuning (`CheckpointContents`), whose samples are answers: `is_chat`. `watch` looks after
+    the machine; None: nobody does."""
 
     session: TrainSession
     stream: StepStream
@@ -41,11 +61,21 @@ class Workload:
     tokenizer: Tokenizer
     environment: Environment
     bytes_per_target: float | None = None  # of the training text; None: no bits per byte
-    validation: BatchStream | None = None
+    validation: EpochStream | None = None
     facts: Row = field(default_factory=dict)
     notes: Sequence[Row] = ()
     rehearsed: bool = False
+    adapter: TrainedAdapter | None = None
+    generation: Mapping[str, Any] | None = None
+    is_chat: bool = False
     watch: Watch | None = None
+
+    def contents(self) -> CheckpointContents:
+        """What every checkpoint holds besides tensors and state."""
+        return CheckpointContents(
+            self.model, self.tokenizer.files(), self.tokenizer.token_ids,
+            generation=self.generation, adapter=self.adapter,
+        )  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -62,3 +92,22 @@ class TrainResult:
     bits_per_byte: float | None
     best_step: int | None
     elapsed_seconds: float
+
+    @classmethod
+    def read(cls, run: Run, checkpoint: Checkpoint) -> TrainResult:
+        """The result of a run that has nothing left to do, read back from its files."""
+        rows = run.read_metrics()
+        trained = [row for row in rows if row["kind"] == "train"]
+        measured = [row for row in rows if row["kind"] == "eval"]
+        return cls(
+            run=run.path,
+            checkpoint=checkpoint.path,
+            start_step=checkpoint.step,
+            step=checkpoint.step,
+            tokens_seen=checkpoint.state.tokens_seen,
+            loss=trained[-1]["loss"] if trained else None,
+            validation_loss=measured[-1]["loss"] if measured else None,
+            bits_per_byte=measured[-1]["bits_per_byte"] if measured else None,
+            best_step=checkpoint.state.best_step,
+            elapsed_seconds=checkpoint.state.elapsed_seconds,
+        )

@@ -5,10 +5,14 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 
-from solollm.architecture import ModelConfig
+from solollm.adapters import AdapterOptions, adapter_table
+from solollm.architecture import ModelConfig, parameter_table
 from solollm.backend import ComputeDType, MemoryCosts, SessionOptions
+from solollm.config import OptimizerTable
 from solollm.state_bytes import optimizer_bytes, weight_bytes
 from solollm_torch.gradients import DTYPES, gradient_dtype
 from solollm_torch.loss import chunk_rows
@@ -17,6 +21,7 @@ from solollm_torch.optim import MUON_BATCH_ELEMENTS
 
 CUDA_CONTEXT_BYTES = 600 * 2**20
 CPU_PROCESS_BYTES = 400 * 2**20  # the interpreter and PyTorch's libraries
+NF4_BYTES = 0.5 + 1 / 64 + 4 / (64 * 256)  # per weight: a code, its block's 8-bit magnitude
 MUON_SCRATCH_COPIES = 5  # of one batch of matrices: the iteration's products and their inputs
 
 
@@ -24,8 +29,9 @@ def memory_costs(
     model: ModelConfig, options: SessionOptions, compute_dtype: ComputeDType, device: torch.device
 ) -> MemoryCosts:
     """Coefficients of `solollm.backend.MemoryCosts` for a session on `device`."""
-    kept, passing, ends = _bytes_per_token(model, 4 if compute_dtype == "float32" else 2)
-    residual = model.hidden_size * (4 if compute_dtype == "float32" else 2)
+    item = 4 if compute_dtype == "float32" else 2
+    kept, passing, ends = _bytes_per_token(model, item)
+    residual = model.hidden_size * item
     fixed = CPU_PROCESS_BYTES if device.type == "cpu" else CUDA_CONTEXT_BYTES
     if options.optimizer.name == "muon":
         fixed += MUON_SCRATCH_COPIES * 4 * MUON_BATCH_ELEMENTS
@@ -47,6 +53,8 @@ def resident_bytes(
     model: ModelConfig, options: SessionOptions, compute_dtype: ComputeDType
 ) -> dict[str, int]:
     """The tensors of a session that holds everything on its device: exact, by what they are."""
+    if options.adapter is not None:
+        return adapter_bytes(model, options.adapter, options.optimizer, DTYPES[compute_dtype])
     given, state = options.backend_options, {}
     master = master_option(given, "float32")
     state["weights"] = weight_bytes(model, 4 if master == "float32" else 2)
@@ -56,6 +64,28 @@ def resident_bytes(
     state["gradients"] = weight_bytes(model, gradients.itemsize)
     state["optimizer"] = optimizer_bytes(model, options.optimizer)
     return state
+
+
+def adapter_bytes(
+    model: ModelConfig, adapter: AdapterOptions, table: OptimizerTable, compute: torch.dtype
+) -> dict[str, int]:
+    """The same of an adapter session: a frozen base in the compute dtype or in NF4 codes; factors,
+    their gradients and moments in fp32."""
+    item = compute.itemsize
+    sizes = {spec.name: math.prod(spec.shape) for spec in parameter_table(model)}
+    matrices = sum(n for name, n in sizes.items() if name.endswith("_proj.weight"))
+    others = sum(sizes.values()) - matrices
+    base = item * matrices if adapter.base_bits is None else int(NF4_BYTES * matrices)
+    factors = sum(math.prod(spec.shape) for spec in adapter_table(model, adapter))
+    widest = model.hidden_size * max(2 * model.intermediate_size, model.hidden_size)
+    decoded = item * widest if adapter.base_bits else 0  # of one stored matrix, while it is used
+    moments = 2 * factors * {32: 4.0, 16: 2.0, 8: 1.02}[table.state_bits]
+    return {
+        "frozen base": base + item * others + decoded,
+        "adapter": 4 * factors,
+        "gradients": 4 * factors,
+        "optimizer": int(moments),
+    }
 
 
 def _bytes_per_token(model: ModelConfig, item: int) -> tuple[int, int, int]:

@@ -97,7 +97,7 @@ def say(text: str) -> None:
     console().print(text, markup=False, soft_wrap=True)
 
 
-def show_result(result: TrainResult) -> None:
+def show_result(result: TrainResult, *, next_command: str = "generate") -> None:
     """Print how a run ended, and what to type next."""
     held_out = ""
     if result.bits_per_byte is not None:
@@ -105,7 +105,7 @@ def show_result(result: TrainResult) -> None:
     say(f"finished {result.run}: step {result.step:,}{held_out}")
     say(f"weights  {result.checkpoint}")
     say(f"curves   {result.run / 'report.html'}")
-    say(f"next     solollm generate {result.run}")
+    say(f"next     solollm {next_command} {result.run}")
 
 
 def show_preparation(prepared: Preparation, *, as_json: bool) -> None:

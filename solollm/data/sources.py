@@ -65,9 +65,8 @@ def check_sources(sources: Sequence[str]) -> None:
 
 def read_source(source: str, limits: Limits) -> Iterator[Item]:
     """Every item of one source."""
-    hub = _HUB.fullmatch(source)
-    if hub:
-        yield from _read_hub(source, hub.groupdict(), limits)
+    if _HUB.fullmatch(source):
+        yield from _read_hub(source, limits)
     elif source == STANDARD_LIBRARY:
         library = _library_folder()
         for path in standard_library_sources():
@@ -147,8 +146,16 @@ def _printable(name: str) -> str:
     return os.fsencode(name).decode("utf-8", "backslashreplace")
 
 
-def _read_hub(source: str, named: dict[str, Any], limits: Limits) -> Iterator[Item]:
-    """Rows of a hub dataset, streamed. Any: `datasets` has no types."""
+def _read_hub(source: str, limits: Limits) -> Iterator[Item]:
+    for number, row in enumerate(hub_rows(source), 1):
+        yield from record_items(row, source, f"row {number}", limits)
+
+
+def hub_rows(source: str) -> Iterator[Any]:
+    """Rows of the hub dataset `hf://owner/name[/config][:split]`, streamed. Any: `datasets` has no
+    types. Raises DataError where it stops half-way."""
+    named = _HUB.fullmatch(source)
+    assert named is not None, "sources are checked before they are read"
     try:
         import datasets
     except ImportError as error:
@@ -157,12 +164,11 @@ def _read_hub(source: str, named: dict[str, Any], limits: Limits) -> Iterator[It
         ) from error
     count = 0
     try:
-        rows = datasets.load_dataset(
+        for row in datasets.load_dataset(
             named["name"], named["config"], split=named["split"] or "train", streaming=True
-        )
-        for row in rows:
+        ):
             count += 1
-            yield from record_items(row, source, f"row {count}", limits)
+            yield row
     except (OSError, ValueError, RuntimeError) as error:
         # Not an item: half a dataset would silently be another corpus at every try.
         raise DataError(

@@ -34,6 +34,16 @@ class StepStream(Protocol):
     def batch(self, step: int) -> Batch: ...
 
 
+class EpochStream(StepStream, Protocol):
+    """One split whose passes can be counted and measured."""
+
+    @property
+    def steps_per_epoch(self) -> int: ...
+    @property
+    def bytes_per_target(self) -> float: ...
+    def epoch(self, limit: int | None = None) -> Iterator[Batch]: ...
+
+
 def open_stream(
     corpus: Path, *, split: Split = "train", seq_len: int, batch_size: int, seed: int = 0,
     mask_documents: bool = True, expected_fingerprint: str | None = None,

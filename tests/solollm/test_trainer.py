@@ -160,7 +160,7 @@ def model(small_tokenizer: Tokenizer) -> ModelConfig:
 @pytest.fixture
 def no_samples(monkeypatch: pytest.MonkeyPatch) -> None:
     """The fake has no engine; what a sample is, is tested in test_held_out.py."""
-    monkeypatch.setattr("solollm.trainer.samples", lambda *arguments: [])
+    monkeypatch.setattr("solollm.trainer.samples", lambda *arguments, **options: [])
 
 
 def config_of(model: ModelConfig, steps: int, **tables: dict[str, Any]) -> RunConfig:

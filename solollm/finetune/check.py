@@ -1,0 +1,126 @@
+"""What the data looks like, and whether a model tuned on it would know when to stop."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from solollm.config import FinetuneTable
+from solollm.errors import DataError
+from solollm.finetune.dataset import MAX_OVER_LENGTH_SHARE, Reading
+from solollm.finetune.rendering import Rendered
+from solollm.model_folder import CONFIG, GENERATION, read_table
+from solollm.tokenizer import Tokenizer
+
+_SHOWN_PROBLEMS = 20
+
+
+@dataclass(frozen=True)
+class Findings:
+    """What was found. `faults`: each a reason not to start; `problems`: rows that cannot be used;
+    `truncated`: samples longer than `seq_len`."""
+
+    shapes: dict[str, int]
+    num_train: int
+    num_held_out: int
+    num_targets: int
+    longest: int
+    seq_len: int
+    truncated: int
+    problems: tuple[str, ...]
+    faults: tuple[str, ...]
+
+    def require_sound(self) -> None:
+        """Raise DataError with every fault."""
+        if self.faults:
+            raise DataError(
+                "a model tuned on this would not be what it seems",
+                why="; ".join(self.faults),
+                fix="`solollm finetune ... --check` shows samples with the trained tokens marked",
+            )
+
+    def as_json(self) -> dict[str, Any]:
+        """Everything, as plain values."""
+        return {**vars(self), "problems": list(self.problems), "faults": list(self.faults)}
+
+
+def examine(reading: Reading, table: FinetuneTable, base: Path, *, seq_len: int) -> Findings:
+    """Look at everything that was read."""
+    samples = [sample for one in reading.laid for sample in one.samples]
+    too_long = reading.over_length(seq_len)
+    faults = [*_ending_faults(samples, reading.tokenizer), *_id_faults(base, reading.tokenizer)]
+    share = len(too_long) / max(1, len(reading.laid))
+    if share > MAX_OVER_LENGTH_SHARE and table.over_length == "refuse":
+        faults.append(
+            f"{len(too_long):,} samples ({share:.1%}) are longer than {seq_len} tokens, the first"
+            f" at {too_long[0].place}, and finetune.over_length does not say what becomes of them"
+        )
+    if reading.problems:
+        more = len(reading.problems) - _SHOWN_PROBLEMS
+        faults.append(
+            f"{len(reading.problems):,} rows cannot be trained on"
+            if more <= 0
+            else f"{len(reading.problems):,} rows cannot be trained on, {more:,} not shown"
+        )
+    return Findings(
+        shapes=dict(reading.shapes),
+        num_train=len(reading.train),
+        num_held_out=len(reading.held_out),
+        num_targets=sum(int(sample.produced[1:].sum()) for sample in samples),
+        longest=reading.longest,
+        seq_len=seq_len,
+        truncated=len(too_long),
+        problems=tuple(reading.problems[:_SHOWN_PROBLEMS]),
+        faults=tuple(faults),
+    )
+
+
+def _ending_faults(samples: Sequence[Rendered], tokenizer: Tokenizer) -> list[str]:
+    """Whether every answer ends in a token that ends generation, and learns it."""
+    last: Counter[int] = Counter()
+    after: Counter[int] = Counter()
+    for ids, produced in samples:
+        ends = np.flatnonzero(produced & ~np.append(produced[1:], False))
+        last.update(ids[ends].tolist())
+        after.update(ids[ends[ends + 1 < len(ids)] + 1].tolist())
+    wrong = {token: n for token, n in last.items() if token not in tokenizer.stop_ids}
+    if not wrong:
+        return []
+    shown = _token(tokenizer, max(wrong, key=lambda token: wrong[token]))
+    follows = [token for token in after if token in tokenizer.stop_ids]
+    if follows:
+        return [
+            f"the end of turn {_token(tokenizer, follows[0])} carries no loss:"
+            f" {sum(wrong.values()):,} answers are trained up to {shown} only, and a model would"
+            " never stop"
+        ]
+    names = ", ".join(_token(tokenizer, i) for i in sorted(tokenizer.stop_ids))
+    return [
+        f"{sum(wrong.values()):,} answers end with {shown}, which ends no generation: tokenizer and"
+        f" template disagree on eos (the tokenizer's are {names})"
+    ]
+
+
+def _id_faults(base: Path, tokenizer: Tokenizer) -> list[str]:
+    """Whether the base's own files agree with its tokenizer on what ends a text."""
+    faults = []
+    for name in (CONFIG, GENERATION):
+        if not (base / name).is_file():
+            continue
+        value = read_table(base / name).get("eos_token_id")
+        ends = value if isinstance(value, list) else [] if value is None else [value]
+        if ends and not tokenizer.stop_ids & set(ends):
+            names = ", ".join(_token(tokenizer, i) for i in sorted(tokenizer.stop_ids))
+            said = f"{name} of the base ends with ids {ends}"
+            faults.append(f"eos disagrees: {said}, its tokenizer with {names}")
+    return faults
+
+
+def _token(tokenizer: Tokenizer, token: int) -> str:
+    text = tokenizer.decode([token], skip_special=False) if token < tokenizer.vocab_size else "?"
+    return f"{text!r} ({token})"

@@ -1,0 +1,58 @@
+"""A base that answers questions badly, and rows to tune it on."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from solollm.architecture import ModelConfig
+from solollm.config import RunConfig
+from solollm.finetune.tuning import finetune_config
+from solollm.tokenizer import Tokenizer
+
+MakeConfig = Callable[..., RunConfig]
+
+
+@pytest.fixture(scope="session")
+def chats(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Sixty questions and answers of unequal length."""
+    path = tmp_path_factory.mktemp("chats") / "chats.jsonl"
+    rows = [
+        {"question": f"What is number_{n}?", "answer": f"value = {n}\n" * (1 + n % 4)}
+        for n in range(60)
+    ]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return path
+
+
+@pytest.fixture(scope="session")
+def base(
+    tmp_path_factory: pytest.TempPathFactory, small_tokenizer: Tokenizer,
+    save_telling: Callable[[Path, ModelConfig], Path],
+) -> Path:  # fmt: skip
+    """A checkpoint of a small model."""
+    model = ModelConfig(
+        vocab_size=small_tokenizer.padded_vocab_size, hidden_size=64, intermediate_size=128,
+        num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
+        max_position_embeddings=256, tie_word_embeddings=True,
+    )  # fmt: skip
+    return save_telling(tmp_path_factory.mktemp("base"), model)
+
+
+@pytest.fixture(scope="session")
+def tuning(base: Path, chats: Path) -> MakeConfig:
+    """tuning("finetune.method=lora", ...): a config of some steps on the chats."""
+
+    def make(*overrides: str, **fields: Any) -> RunConfig:
+        given = [
+            f"train.init_from={json.dumps(str(base))}", f"finetune.data={json.dumps([str(chats)])}",
+            "train.steps=6", "data.seq_len=128", "train.batch_size=2", "eval.batches=2",
+            "eval.sample_tokens=4", "log.every_steps=1",
+        ]  # fmt: skip
+        return finetune_config(None, [*given, *overrides])
+
+    return make
