@@ -527,7 +527,7 @@ def test_samples_are_drawn_at_a_quarter_half_and_the_end(bench, monkeypatch) -> 
     """Guards against a run that says nothing until it is over."""
     from solollm.held_out import Sample
 
-    monkeypatch.setattr("solollm.trainer.samples", lambda *arguments: [Sample("a", "b")])
+    monkeypatch.setattr("solollm.trainer.samples", lambda *_, **options: [Sample("a", "b")])
     made = bench(steps=8)
     made.fit()
     rows = made.sink.rows("sample")
