@@ -51,6 +51,7 @@ CERTIFICATE = "certificate.json"
 _HEADROOM = 1.1
 _STEP_NAME = re.compile(r"step-(\d{8,16})")
 _Model = TypeVar("_Model", bound=BaseModel)
+Verify = Literal["sizes", "weights", "digests"]  # see `open_checkpoint`
 
 
 class _State(BaseModel):
@@ -105,17 +106,17 @@ class Checkpoint:
     certificate: Certificate
     _weights: Weights = field(repr=False)
     _optimizer: TensorFile = field(repr=False)
-    _proven: bool = field(repr=False)
+    _verified: Verify = field(repr=False)
 
     def parameters(self) -> TensorSource:
         """The weights, proven at opening or, after `verify="sizes"`, as each is read."""
-        if self._proven:
+        if self._verified != "sizes":
             return self._weights
         return CertifiedSource(self._weights, self.certificate.parameters, self.path)
 
     def optimizer(self) -> TensorSource:
         """The optimizer's tensors, likewise."""
-        if self._proven:
+        if self._verified == "digests":
             return self._optimizer
         return CertifiedSource(self._optimizer, self.certificate.optimizer, self.path)
 
@@ -211,9 +212,9 @@ def add_continuation(path: Path, continuation: Continuation) -> None:
         files.finish(step=certificate.step)
 
 
-def open_checkpoint(path: Path, verify: Literal["sizes", "digests"] = "digests") -> Checkpoint:
-    """Open a checkpoint, proving all of it ("digests": one pass over the data) or all but the data
-    of its tensors ("sizes"), which are then proven one by one as they are read.
+def open_checkpoint(path: Path, verify: Verify = "digests") -> Checkpoint:
+    """Open a checkpoint, proving all of it ("digests": one pass over the data), all but the
+    optimizer's tensors ("weights"), or all but tensors ("sizes"). The rest is proven when read.
 
     Raises:
         IntegrityError: something is not as it was saved; names the file and the reason.
@@ -236,11 +237,9 @@ def open_checkpoint(path: Path, verify: Literal["sizes", "digests"] = "digests")
     else:
         weights = Weights(path, [TensorFile(path / ADAPTER_WEIGHTS, follow_links=False)])
         check_parameters(weights, model, adapter.options)
-    _prove(manifest, weights.files, certificate.parameters, verify)
-    _prove(manifest, [optimizer], certificate.optimizer, verify)
-    return Checkpoint(
-        path, step, model, adapter, state, certificate, weights, optimizer, verify == "digests"
-    )
+    _prove(manifest, weights.files, certificate.parameters, verify != "sizes")
+    _prove(manifest, [optimizer], certificate.optimizer, verify == "digests")
+    return Checkpoint(path, step, model, adapter, state, certificate, weights, optimizer, verify)
 
 
 def check_parameters(
@@ -260,12 +259,14 @@ def check_parameters(
         raise refused(place, f"tensor {min(expected)!r}", "is missing")
 
 
-def latest_checkpoint(parent: Path) -> tuple[Checkpoint | None, list[str]]:
+def latest_checkpoint(
+    parent: Path, verify: Verify = "digests"
+) -> tuple[Checkpoint | None, list[str]]:
     """(the newest checkpoint that is proven intact, or None; what was skipped and why)."""
     skipped: list[str] = []
     for _, path in reversed(list_checkpoints(parent)):
         try:
-            return open_checkpoint(path), skipped
+            return open_checkpoint(path, verify), skipped
         except IntegrityError as error:
             skipped.append(f"skipped {path.name}: {error}")
     return None, skipped
@@ -352,13 +353,13 @@ def _prove(
     manifest: Manifest,
     files: Sequence[TensorFile],
     certified: Mapping[str, str],
-    verify: Literal["sizes", "digests"],
+    is_read: bool,
 ) -> None:
     names: set[str] = set()
     for file in files:
         manifest.check_tensors(file, certified)
         names.update(file.names())
-        digests = file.digests() if verify == "digests" else {}
+        digests = file.digests() if is_read else {}
         wrong = [name for name, digest in digests.items() if digest != certified[name]]
         if wrong:
             raise refused(file.path, f"tensor {wrong[0]!r}", "is damaged (its digest differs)")

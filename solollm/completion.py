@@ -107,7 +107,7 @@ def find_checkpoint(path: Path) -> tuple[Path, tuple[str, ...]]:
     """(the checkpoint folder that `path` means, notes on damaged ones that were passed over)."""
     if (path / "config.json").is_file():
         return path, ()
-    newest, skipped = latest_checkpoint(path / "checkpoints")
+    newest, skipped = latest_checkpoint(path / "checkpoints", verify="weights")
     if newest is None:
         raise ConfigError(
             f"{path} is neither a run with a checkpoint nor a checkpoint",

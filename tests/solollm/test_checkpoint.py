@@ -315,16 +315,40 @@ def test_sizes_only_still_proves_each_tensor_as_it_is_read(tmp_path: Path) -> No
     """Guards: the quick way of opening taken for a way round the digests."""
     path = save_arrays(tmp_path, SMALL, 1)
     for file, kind in (("model.safetensors", "parameters"), ("optimizer.safetensors", "optimizer")):
-        content = bytearray((path / file).read_bytes())
-        content[-1] ^= 1
         copy = copied(path)
-        rewrite(copy / file, content)
+        flip_last_bit(copy / file)
         source = getattr(open_checkpoint(copy, verify="sizes"), kind)()
         *good, last = source.names()
         for name in good:
             source.read(name)
         with pytest.raises(IntegrityError, match="not the one that was certified"):
             source.read(last)
+
+
+def test_weights_only_leaves_the_optimizer_to_its_readers(tmp_path: Path) -> None:
+    """Guards generating from a checkpoint whose optimizer alone is damaged, and never from one
+    whose weights are: the run's newest with good weights is taken."""
+    save_arrays(tmp_path, SMALL, 1)
+    broken_optimizer, broken_weights = (save_arrays(tmp_path, SMALL, step) for step in (2, 3))
+    flip_last_bit(broken_optimizer / "optimizer.safetensors")
+    flip_last_bit(broken_weights / "model.safetensors")
+    newest, skipped = latest_checkpoint(tmp_path, verify="weights")
+    assert newest is not None
+    assert newest.step == 2
+    assert len(skipped) == 1
+    source = newest.optimizer()
+    with pytest.raises(IntegrityError, match="not the one that was certified"):
+        source.read(list(source.names())[-1])
+    newest, skipped = latest_checkpoint(tmp_path)
+    assert newest is not None
+    assert newest.step == 1
+    assert len(skipped) == 2
+
+
+def flip_last_bit(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 1
+    rewrite(path, content)
 
 
 def forge(folder: Path, name: str, content: bytes) -> None:
