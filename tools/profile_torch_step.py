@@ -24,7 +24,7 @@ SIZES = {
            "num_hidden_layers": 4, "num_attention_heads": 2},
 }  # fmt: skip
 ROWS, LENGTH = 8, 256
-TRICKS = ("memory", "onednn", "hand")
+TRICKS = ("memory", "onednn", "hand", "kernels")
 
 
 def main() -> None:
@@ -87,7 +87,11 @@ def make_step(arguments: argparse.Namespace) -> tuple[Any, float]:
                   "tie_word_embeddings": True}
     )  # fmt: skip
     options = SessionOptions(
-        OptimizerTable(name="adamw"), backend_options={"compile": arguments.compile}
+        OptimizerTable(name="adamw"),
+        backend_options={
+            "compile": arguments.compile,
+            "kernels": not {"kernels", "hand"} & set(arguments.without.split(",")),
+        },
     )
     plan = Plan(arguments.micro_batch, False, arguments.dtype, LENGTH, ROWS)
     session = TorchBackend().train_session(model, options, plan)

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from solollm.backend import IGNORED
+from solollm_torch.kernels import Kernels
 from solollm_torch.ops import add_outer, product
 
 
@@ -52,7 +53,12 @@ def chunk_rows(vocab_size: int, device: torch.device) -> int:
 
 @torch.no_grad()
 def loss_and_gradient(
-    hidden: Tensor, head: Tensor, targets: Targets, denominator: float
+    hidden: Tensor,
+    head: Tensor,
+    targets: Targets,
+    denominator: float,
+    *,
+    kernels: Kernels | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Weighted sum of -log p(label) / denominator, and its gradient.
 
@@ -69,21 +75,27 @@ def loss_and_gradient(
     weight = head.to(hidden.dtype)
     grad_rows = torch.empty_like(rows)
     total = torch.zeros((), device=hidden.device)
+    scale = torch.full((len(rows), 1), 1 / denominator, device=hidden.device)  # [N, 1]
+    if targets.weights is not None:
+        scale *= targets.weights.unsqueeze(1)
     for part in _chunks(len(targets.labels), chunk_rows(len(head), hidden.device)):
-        chunk, labels = rows[part], targets.labels[part].unsqueeze(1)  # [n, C], [n, 1]
-        probabilities, nll = _softmax_and_nll(product(chunk, weight), labels)  # [n, V], [n]
-        if targets.weights is not None:
-            nll = nll * targets.weights[part]
-        total += nll.sum()
-        scale = torch.full_like(nll, 1 / denominator).unsqueeze(1)  # [n, 1]
-        if targets.weights is not None:
-            scale *= targets.weights[part].unsqueeze(1)
-        # d nll / d logits = probabilities - onehot(label); the scale goes onto the smaller matrix.
-        probabilities.scatter_add_(1, labels, probabilities.new_full(labels.shape, -1.0))
-        grad_logits = probabilities.to(hidden.dtype)  # [n, V]
-        torch.mul(product(grad_logits, weight.t()), scale, out=grad_rows[part])
+        chunk, labels, factors = rows[part], targets.labels[part], scale[part]  # [n, C], [n], [n,1]
+        logits = product(chunk, weight)  # [n, V]
+        if kernels is not None:
+            nll = kernels.cross_entropy_(logits, labels, factors)  # [n]
+            torch.mm(logits, weight, out=grad_rows[part])
+        else:
+            probabilities, nll = _softmax_and_nll(logits, labels.unsqueeze(1))  # [n, V], [n]
+            # d nll / d logits = probabilities - onehot(label); the scale goes onto the smaller
+            # matrix.
+            minus_one = probabilities.new_full((len(labels), 1), -1.0)
+            probabilities.scatter_add_(1, labels.unsqueeze(1), minus_one)
+            logits = probabilities.to(hidden.dtype)  # their gradient
+            torch.mul(product(logits, weight.t()), factors, out=grad_rows[part])
+            chunk = (chunk * factors).to(hidden.dtype)
+        total += (nll if targets.weights is None else nll * targets.weights[part]).sum()
         if head.requires_grad:
-            add_outer(head, grad_logits, (chunk * scale).to(hidden.dtype))
+            add_outer(head, logits, chunk)
     grad = grad_rows
     if targets.rows is not None:
         grad = hidden.new_zeros(hidden.shape[:-1].numel(), hidden.shape[-1])

@@ -20,9 +20,11 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from solollm.architecture import ModelConfig
-from solollm_torch.attention import Segments, attend
+from solollm_torch.attention import Segments, attend, attend_fused
+from solollm_torch.kernels import HEAD_MULTIPLE, Kernels
 from solollm_torch.ops import (
     Rotary,
+    by_hand,
     embedding,
     linear,
     rms_norm,
@@ -49,6 +51,8 @@ class Block(nn.Module):
             return nn.Parameter(torch.empty(shape, device=device, dtype=dtype))
 
         self.eps = config.rms_norm_eps
+        self.kernels: Kernels | None = None
+        self.fuses_attention = not config.qk_norm and dim % HEAD_MULTIPLE == 0
         self.num_heads, self.num_kv_heads, self.head_dim = heads, kv_heads, dim
         self.input_layernorm = empty(hidden)
         self.qkv_proj = empty((heads + 2 * kv_heads) * dim, hidden)
@@ -73,7 +77,7 @@ class Block(nn.Module):
         q and k are normalised (QK-norm) and rotated. `rotary` holds cos and sin of the positions,
         each [T, D/2], or [B, T, D/2] where rows stand at different positions (decoding).
         """
-        x = rms_norm(x, self.input_layernorm, self.eps)  # [B, T, C]
+        x = rms_norm(x, self.input_layernorm, self.eps, self.kernels)  # [B, T, C]
         qkv = self.project(x, "qkv_proj")  # [B, T, (H + 2 K) D]
         qkv = qkv.view(*x.shape[:-1], -1, self.head_dim)  # [B, T, H + 2 K, D]
         norms = None
@@ -88,12 +92,17 @@ class Block(nn.Module):
 
     def feed_forward(self, x: Tensor) -> Tensor:
         """Add the SwiGLU network's output to the residual stream [B, T, C]."""
-        normed = rms_norm(x, self.post_attention_layernorm, self.eps)  # [B, T, C]
+        normed = rms_norm(x, self.post_attention_layernorm, self.eps, self.kernels)  # [B, T, C]
         gate_up = self.project(normed, "gate_up_proj")  # [B, T, 2 F]
-        return x + self.project(swiglu(gate_up), "down_proj")  # [B, T, C]
+        return x + self.project(swiglu(gate_up, self.kernels), "down_proj")  # [B, T, C]
 
     def forward(self, x: Tensor, rotary: Rotary, segments: Segments | None) -> Tensor:
         """[B, T, C] to [B, T, C]."""
+        if self.kernels is not None and self.fuses_attention and by_hand():
+            normed = rms_norm(x, self.input_layernorm, self.eps, self.kernels)  # [B, T, C]
+            qkv = self.project(normed, "qkv_proj").view(*x.shape[:2], -1, self.head_dim)
+            attended = attend_fused(qkv, self.num_heads, rotary, segments, kernels=self.kernels)
+            return self.feed_forward(self.merge(x, attended.transpose(1, 2)))
         q, k, v = self.heads(x, rotary)
         return self.feed_forward(self.merge(x, attend(q, k, v, segments)))
 
@@ -127,6 +136,7 @@ class Decoder(nn.Module):
         self.compute_dtype = compute_dtype or dtype
         self.checkpointing = False
         self.on_block_gradients: Callable[[int], None] | None = None
+        self.kernels: Kernels | None = None
         self.embed_tokens = nn.Parameter(torch.empty(matrix, device=device, dtype=dtype))
         blocks = (Block(config, device, dtype) for _ in range(config.num_hidden_layers))
         self.layers: list[Block] = nn.ModuleList(blocks)  # type: ignore[assignment]
@@ -135,6 +145,12 @@ class Decoder(nn.Module):
         if not config.tie_word_embeddings:
             self.lm_head = nn.Parameter(torch.empty(matrix, device=device, dtype=dtype))
         self._rotary: Rotary | None = None
+
+    def use(self, kernels: Kernels | None) -> None:
+        """Train with compiled loops (float32 on the CPU) in the place of PyTorch's operations."""
+        self.kernels = kernels
+        for block in self.layers:
+            block.kernels = kernels
 
     @property
     def head_weight(self) -> nn.Parameter:
@@ -160,7 +176,7 @@ class Decoder(nn.Module):
 
     def final_norm(self, x: Tensor) -> Tensor:
         """The last RMSNorm, [B, T, C]."""
-        return rms_norm(x, self.norm, self.config.rms_norm_eps)
+        return rms_norm(x, self.norm, self.config.rms_norm_eps, self.kernels)
 
     def forward(self, input_ids: Tensor, segments: Segments | None = None) -> Tensor:
         """int [B, T] to normalised hidden states [B, T, C]. `segments` None: plain causal."""

@@ -2,7 +2,8 @@
 
 Eager autograd spends passes over memory that one formula per operation does not, and it allocates a
 second matrix for every weight's gradient. The functions here avoid both. Under `torch.compile` and
-without gradients each is its plain formula; the compiler fuses better than a hand could.
+without gradients each is its plain formula; the compiler fuses better than a hand could. Where the
+session has compiled `kernels`, they take the place of the formulas.
 What each saves is measured in `docs/results/torch_step_profile.md`.
 
 **Gradients of weights.** Where `weight.grad` is allocated, `linear` adds to it in place, in fp32.
@@ -25,6 +26,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
 from solollm.architecture import ModelConfig
+from solollm_torch.kernels import Kernels
 
 
 class Rotary(NamedTuple):
@@ -153,13 +155,17 @@ class _Embedding(Function):
         return None, backward(grad.float(), ids, ctx.num_rows, -1, False), None
 
 
-def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+def rms_norm(x: Tensor, weight: Tensor, eps: float, kernels: Kernels | None = None) -> Tensor:
     """x / sqrt(mean(x^2) + eps) * weight over the last dimension (Zhang & Sennrich 2019).
 
     A compute dtype below fp32 is widened inside. CUDA has fused kernels for both directions.
     """
+    result: Tensor
+    if by_hand() and kernels is not None:
+        result = _KernelRMSNorm.apply(x, weight, eps, kernels)  # type: ignore[no-untyped-call]
+        return result
     if by_hand() and x.device.type == "cpu":
-        result: Tensor = _RMSNorm.apply(x, weight, eps)  # type: ignore[no-untyped-call]
+        result = _RMSNorm.apply(x, weight, eps)  # type: ignore[no-untyped-call]
         return result
     return functional.rms_norm(x, (x.shape[-1],), weight.to(x.dtype), eps)
 
@@ -190,10 +196,28 @@ class _RMSNorm(Function):
         return grad_x.to(x.dtype), grad_weight, None
 
 
-def swiglu(gate_up: Tensor) -> Tensor:
+class _KernelRMSNorm(Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float, kernels: Kernels) -> Tensor:
+        out, inverse = kernels.rms_norm(x, weight, eps)
+        ctx.save_for_backward(x, weight, inverse)
+        ctx.kernels = kernels
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None, None]:
+        return *ctx.kernels.rms_norm_backward(grad, *ctx.saved_tensors), None, None
+
+
+def swiglu(gate_up: Tensor, kernels: Kernels | None = None) -> Tensor:
     """silu(gate) * up of [..., 2 F]: [..., F] (Shazeer 2020, arXiv:2002.05202)."""
+    result: Tensor
+    if by_hand() and kernels is not None:
+        result = _KernelSwiGLU.apply(gate_up, kernels)  # type: ignore[no-untyped-call]
+        return result
     if by_hand():
-        result: Tensor = _SwiGLU.apply(gate_up)  # type: ignore[no-untyped-call]
+        result = _SwiGLU.apply(gate_up)  # type: ignore[no-untyped-call]
         return result
     gate, up = gate_up.chunk(2, dim=-1)
     return functional.silu(gate) * up
@@ -216,6 +240,19 @@ class _SwiGLU(Function):
         torch.mul(functional.silu(gate), grad, out=grad_up)
         torch.ops.aten.silu_backward.grad_input(grad * up, gate, grad_input=grad_gate)
         return grad_both
+
+
+class _KernelSwiGLU(Function):
+    @staticmethod
+    def forward(ctx: Any, gate_up: Tensor, kernels: Kernels) -> Tensor:
+        ctx.save_for_backward(gate_up)
+        ctx.kernels = kernels
+        return kernels.swiglu(gate_up)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return ctx.kernels.swiglu_backward(grad, *ctx.saved_tensors), None
 
 
 def rotate(x: Tensor, rotary: Rotary) -> Tensor:

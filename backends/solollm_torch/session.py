@@ -47,6 +47,8 @@ from solollm_torch.gradients import (
     gradient_of,
     padded_size,
 )
+from solollm_torch.kernels import OFF as KERNELS_OFF
+from solollm_torch.kernels import choose as choose_kernels
 from solollm_torch.loss import Targets, loss_and_gradient, token_nll
 from solollm_torch.masters import WEIGHT_DTYPES, Masters, master_option
 from solollm_torch.model import Decoder
@@ -61,7 +63,7 @@ from solollm_torch.units import (
     unit_parameters,
 )
 
-OPTIONS = ("compile", "deterministic", "gradients", "master", "offload", "threads")
+OPTIONS = ("compile", "deterministic", "gradients", "kernels", "master", "offload", "threads")
 
 
 class _Step(PendingMetrics):
@@ -82,7 +84,8 @@ class TorchSession(TrainSession):
 
     `options.backend_options`: `compile` (auto, true, false; see `compiling`), `deterministic`
     (CUDA: bitwise repeatable kernels), `threads` (CPU threads; default: PyTorch's own number),
-    `master` (float32, split, bfloat16; see `masters`) and `gradients` (auto, float32, bfloat16).
+    `master` (float32, split, bfloat16; see `masters`), `gradients` (auto, float32, bfloat16) and
+    `kernels` (CPU: auto, true, false; see `kernels`).
     """
 
     def __init__(
@@ -124,6 +127,7 @@ class TorchSession(TrainSession):
         dtype = gradient_dtype(given, master, compute)
         names = {value: key for key, value in DTYPES.items()}
         self._settings |= {"compile": compiled, "master": master, "gradients": names[dtype]}
+        self._use_kernels(given)
         parameters = list(self._decoder.parameters())
         self._flat_gradient = torch.zeros(padded_size(parameters), dtype=dtype, device=device)
         attach_gradients(parameters, self._flat_gradient)
@@ -143,6 +147,16 @@ class TorchSession(TrainSession):
             self._optimizers = unit_optimizers(
                 model, table, self._masters, states=self._states, seed=options.seed
             )
+
+    def _use_kernels(self, given: Mapping[str, bool | int | float | str]) -> None:
+        """Use the compiled loops where they fit, and note which. They know float32 only."""
+        if self._device.type != "cpu":
+            return
+        dtypes = {self._decoder.norm.dtype, self._decoder.compute_dtype}
+        fits = dtypes == {torch.float32} and not self._settings["compile"]
+        kernels = choose_kernels(given.get("kernels", "auto")) if fits else None
+        self._decoder.use(kernels)
+        self._settings["kernels"] = KERNELS_OFF if kernels is None else kernels.digest
 
     @property
     def settings(self) -> Mapping[str, bool | int | float | str]:
@@ -232,8 +246,9 @@ class TorchSession(TrainSession):
         input_ids, segments, targets = self._upload(batch, rows)
         hidden = self._decoder(input_ids, segments)  # [M, T, C]
         loss, gradient = loss_and_gradient(
-            hidden, self._decoder.head_weight, targets, batch.denominator
-        )
+            hidden, self._decoder.head_weight, targets, batch.denominator,
+            kernels=self._decoder.kernels,
+        )  # fmt: skip
         begin(loss)
         torch.autograd.backward(hidden, gradient)
         return loss

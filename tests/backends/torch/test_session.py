@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from solollm_torch import compiling
+from solollm_torch.kernels import load as load_kernels
 from solollm_torch.session import TorchSession
 
 from solollm.architecture import ModelConfig
@@ -282,6 +283,8 @@ def test_settings_name_what_decides_bits(make_session: MakeSession) -> None:
     """A resume passes them back: it must get the same session."""
     session = make_session()
     decided = {"compile": False, "master": "float32", "gradients": "float32"}
+    kernels, _ = load_kernels()
+    decided["kernels"] = "off" if kernels is None else kernels.digest
     assert session.settings == {**decided, "threads": torch.get_num_threads()}
     assert make_session(backend_options=dict(session.settings)).settings == session.settings
 

@@ -1,0 +1,210 @@
+"""The C loops of `kernels.c`, compiled for this processor at first use, called with tensors.
+
+PyTorch's eager operations make one pass over memory each; on a processor a training step spends a
+fifth of its time in them and in attention. Each function here is one pass, float32 on the CPU. Who
+may use them is decided by `load`: only where a C compiler is found, and `ops`, `attention` and
+`loss` fall back to PyTorch's own operations otherwise.
+
+The compiled file lies in the user's cache folder under a name made of the source, the compiler and
+the processor, so that equal names give equal bits.
+
+Shapes: N rows, C hidden size, F intermediate size, V vocabulary, B rows of a batch, T positions,
+H query heads, K key/value heads, D head size.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import hashlib
+import os
+import platform
+import shutil
+import subprocess
+import sys
+import tempfile
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from solollm.errors import ConfigError
+
+SOURCE = Path(__file__).with_name("kernels.c")
+# Without -ffast-math: NaN and infinity must stay what they are, for a bad step to be seen.
+FLAGS = (
+    "-O3", "-march=native", "-fopenmp", "-fno-math-errno", "-fno-trapping-math",
+    "-ffp-contract=fast", "-std=gnu11",
+)  # fmt: skip
+OFF = "off"
+HEAD_MULTIPLE = 16  # `attention` takes head sizes that this divides
+
+
+class Places(NamedTuple):
+    """Where documents lie in B rows of T positions, laid end to end: int64 [documents, 2] of first
+    position and length. They cover all without overlap."""
+
+    documents: Tensor
+    longest: int
+
+
+class Kernels:
+    """The functions of one compiled file. `digest` names its source, compiler and processor."""
+
+    def __init__(self, library: ctypes.CDLL, digest: str) -> None:
+        self._library, self.digest = library, digest
+
+    def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+        """The normalised [..., C], and 1 / root mean square [N] for backward."""
+        x = x.contiguous()
+        out, inverse = torch.empty_like(x), x.new_empty(x.numel() // x.shape[-1])
+        self._call("rms_norm", x, weight, out, inverse, *_rows(x), ctypes.c_float(eps))
+        return out, inverse
+
+    def rms_norm_backward(
+        self, grad: Tensor, x: Tensor, weight: Tensor, inverse: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Gradients of x [..., C] and of the weight [C]."""
+        grad, x = grad.contiguous(), x.contiguous()
+        grad_x = torch.empty_like(x)
+        parts = x.new_empty(torch.get_num_threads(), x.shape[-1])
+        self._call("rms_norm_backward", grad, x, weight, inverse, grad_x, parts, *_rows(x))
+        return grad_x, parts.sum(0)
+
+    def swiglu(self, gate_up: Tensor) -> Tensor:
+        """silu(gate) * up of [..., 2 F]: [..., F]."""
+        gate_up = gate_up.contiguous()
+        out = gate_up.new_empty(*gate_up.shape[:-1], gate_up.shape[-1] // 2)
+        self._call("swiglu", gate_up, out, *_rows(out))
+        return out
+
+    def swiglu_backward(self, grad: Tensor, gate_up: Tensor) -> Tensor:
+        """The gradient of gate_up [..., 2 F]."""
+        grad, gate_up = grad.contiguous(), gate_up.contiguous()
+        grad_both = torch.empty_like(gate_up)
+        self._call("swiglu_backward", grad, gate_up, grad_both, *_rows(grad))
+        return grad_both
+
+    def rotate_(
+        self, qkv: Tensor, num_rotated: int, cos: Tensor, sin: Tensor, *, sign: float
+    ) -> None:
+        """Rotate the first heads of [B, T, heads, D] in place by tables [T, D/2]; -1 turns back."""
+        batch, length, heads, dim = qkv.shape
+        sizes = (batch * length, length, heads, num_rotated, dim)
+        self._call("rotate", qkv, cos, sin, *sizes, ctypes.c_float(sign))
+
+    def cross_entropy_(self, logits: Tensor, labels: Tensor, scale: Tensor) -> Tensor:
+        """-log p(label) [n]; logits [n, V] become the gradient of sum(scale * that)."""
+        nll = logits.new_empty(len(logits))
+        self._call("cross_entropy", logits, labels, scale, nll, *_rows(logits))
+        return nll
+
+    def attention(self, qkv: Tensor, num_heads: int, places: Places) -> tuple[Tensor, Tensor]:
+        """Causal attention of rotated qkv [B, T, H + 2 K, D]: [B, T, H, D], and log-sums
+        [B, T, H]."""
+        batch, length, total, dim = qkv.shape
+        out = qkv.new_empty(batch, length, num_heads, dim)
+        log_sum = qkv.new_empty(batch, length, num_heads)
+        sizes = (len(places.documents), places.longest, num_heads, (total - num_heads) // 2, dim)
+        self._call("attention", qkv, out, log_sum, places.documents, *sizes)
+        return out, log_sum
+
+    def attention_backward(
+        self, grad: Tensor, qkv: Tensor, log_sum: Tensor, places: Places
+    ) -> Tensor:
+        """The gradient of qkv of grad [B, T, H, D]."""
+        grad, (_, _, total, dim) = grad.contiguous(), qkv.shape
+        num_heads, grad_qkv = grad.shape[2], torch.empty_like(qkv)
+        sizes = (len(places.documents), places.longest, num_heads, (total - num_heads) // 2, dim)
+        tensors = (grad, qkv, log_sum, grad_qkv, places.documents)
+        self._call("attention_backward", *tensors, *sizes)
+        return grad_qkv
+
+    def _call(self, name: str, *arguments: Tensor | int | ctypes.c_float) -> None:
+        """Tensors as addresses, integers as 64 bits, and the number of threads last."""
+        passed = [_argument(argument) for argument in arguments]
+        getattr(self._library, name)(*passed, ctypes.c_int(torch.get_num_threads()))
+
+
+def _argument(value: Tensor | int | ctypes.c_float) -> object:
+    if isinstance(value, Tensor):
+        assert value.is_contiguous(), "a kernel reads plain rows"
+        return ctypes.c_void_p(value.data_ptr())
+    return ctypes.c_int64(value) if isinstance(value, int) else value
+
+
+def _rows(x: Tensor) -> tuple[int, int]:
+    return x.numel() // x.shape[-1], x.shape[-1]
+
+
+def choose(setting: bool | int | float | str) -> Kernels | None:
+    """The kernels, or None for PyTorch's own operations.
+
+    `setting`: auto (kernels where they can be had), true (warn where they cannot), false or off, or
+    the digest that an earlier session recorded (used if it can be made again, else warns).
+
+    Raises:
+        ConfigError: none of these.
+    """
+    text = str(setting).lower()
+    if text in ("false", OFF):
+        return None
+    is_digest = len(text) == 12 and set(text) <= set("0123456789abcdef")
+    if text not in ("auto", "true") and not is_digest:
+        raise ConfigError(f"kernels = {setting!r} is not a choice", fix="use auto, true or false")
+    kernels, reason = load()
+    if kernels is None and text != "auto":
+        warnings.warn(f"training runs without compiled kernels: {reason}", stacklevel=3)
+    return kernels
+
+
+@functools.cache
+def load() -> tuple[Kernels | None, str]:
+    """The kernels, compiled if this machine has not yet, or why there are none."""
+    if not sys.platform.startswith("linux"):
+        return None, f"they are not tried on {sys.platform}"
+    compiler = shutil.which(os.environ.get("CC", "cc"))
+    if compiler is None:
+        return None, "there is no C compiler `cc`"
+    digest = _digest(compiler)
+    try:
+        library = ctypes.CDLL(str(_built(compiler, digest)))
+    except (OSError, subprocess.SubprocessError) as error:
+        return None, f"{compiler} did not build them: {error}"
+    return Kernels(library, digest), ""
+
+
+def _digest(compiler: str) -> str:
+    """12 hexadecimal digits of all that decides the machine code."""
+    version = subprocess.run([compiler, "--version"], capture_output=True, check=False, timeout=10)
+    parts = (SOURCE.read_bytes(), version.stdout, repr(FLAGS).encode(), _processor().encode())
+    return hashlib.sha256(b"\0".join(parts)).hexdigest()[:12]
+
+
+def _processor() -> str:
+    wanted = ("model name", "flags", "Features", "CPU part")
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
+    except OSError:
+        lines = []
+    seen = dict.fromkeys(line for line in lines if line.startswith(wanted))
+    return "\n".join([platform.machine(), *seen])
+
+
+def _built(compiler: str, digest: str) -> Path:
+    """The compiled file, in a folder that only this user can write to."""
+    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    folder = Path(base) / "solollm" / "kernels"
+    path = folder / f"{digest}.so"
+    if path.exists():
+        return path
+    folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+    with tempfile.TemporaryDirectory(dir=folder) as scratch:
+        made = Path(scratch) / "kernels.so"
+        command: Sequence[str] = (compiler, *FLAGS, "-shared", "-fPIC", "-o", str(made))
+        subprocess.run([*command, str(SOURCE), "-lm"], capture_output=True, check=True, timeout=120)
+        made.replace(path)  # whole or absent, also where two processes build at once
+    return path
