@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import importlib.util
+import re
+import socket
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
+import httpx
 import numpy as np
 import pytest
 
@@ -71,6 +75,33 @@ class RunningServer:
         assert not self._thread.is_alive(), "the server did not end"
         if self._error is not None:
             raise self._error
+
+    def greedy(self, prompt: str = "def number_7():", **fields: object) -> str:
+        """A text that depends on the model alone."""
+        body = {"model": NAME, "prompt": prompt, "temperature": 0, "max_tokens": 12, **fields}
+        answer = httpx.post(f"{self.url}/v1/completions", json=body, timeout=60)
+        answer.raise_for_status()
+        text: str = answer.json()["choices"][0]["text"]
+        return text
+
+    def metric(self, name: str) -> float:
+        """The sum over its labels of one of the server's figures."""
+        page = httpx.get(f"{self.url}/metrics", timeout=30).text
+        return sum(float(v) for v in re.findall(rf"^{name}(?:{{.*}})? (\S+)$", page, re.M))
+
+    def connect(self) -> socket.socket:
+        host, _, port = self.url.removeprefix("http://").partition(":")
+        return socket.create_connection((host, int(port)), timeout=30)
+
+    def exchange(self, request: bytes) -> bytes:
+        """What comes back for these very bytes, until the server closes."""
+        received = b""
+        with self.connect() as sock, contextlib.suppress(ConnectionError):
+            with contextlib.suppress(OSError):  # refused before all was sent: read the answer
+                sock.sendall(request)
+            while part := sock.recv(65536):
+                received += part
+        return received
 
     def _run(self) -> None:
         try:
