@@ -14,6 +14,7 @@ from pathlib import Path
 
 import httpx
 import numpy as np
+import psutil
 import pytest
 
 from solollm.architecture import ModelConfig, parameter_table
@@ -53,11 +54,13 @@ class RunningServer:
         self._error: BaseException | None = None
         self._listening: Listening | None = None
         self._arguments = (sources, options)
+        others = set(psutil.Process().children())
         self._thread = threading.Thread(target=self._run)
         self._thread.start()
         assert self._ready.wait(_START_SECONDS), "the server did not come up"
         if self._error is not None:
             raise self._error
+        self.children = [c for c in psutil.Process().children() if c not in others]
 
     @property
     def url(self) -> str:
@@ -136,7 +139,7 @@ def served_checkpoint(
     """A model of random weights, large enough that its tokens depend on all that came before."""
     model = ModelConfig(
         vocab_size=served_tokenizer.padded_vocab_size, hidden_size=64, intermediate_size=128,
-        num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
+        num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, head_dim=32,
         max_position_embeddings=512,
     )  # fmt: skip
     rng = np.random.default_rng(0)
