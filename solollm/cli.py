@@ -30,6 +30,7 @@ COMMANDS = {
     "generate": "Complete a prompt.",
     "chat": "Talk to a model.",
     "serve": "Offer models to programs (OpenAI's API) and browsers.",
+    "engines": "What can serve models here; install vLLM.",
     "import": "Make a model of others ready to train on.",
     "export": "Write a model as a folder for transformers, vLLM or mlx-lm.",
     "runs": "List, show, verify and move runs.",

@@ -4,6 +4,7 @@
     python3 tools/check.py --slow          the tests that take minutes
     python3 tools/check.py --bench         the benchmarks, with their figures
     python3 tools/check.py --gpu           the tests that need a CUDA card
+    python3 tools/check.py --with-vllm     the server's contract on vLLM, in an environment made for it
 
 Needs Python 3.11 and nothing else: the first run makes `.venv-check` with the test dependencies;
 later runs reuse it until `pyproject.toml` changes.
@@ -21,6 +22,7 @@ from pathlib import Path
 from environment import ROOT, SetupError, ensure_environment, require_python, say
 
 FOLDER = ROOT / ".venv-check"
+VLLM_FOLDER = ROOT / ".venv-vllm"
 DEV_DISK = 1.0e9  # bytes of the test dependencies, measured
 NO_TESTS = 5  # pytest's exit code when nothing carries the mark
 
@@ -47,6 +49,9 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--slow", action="store_true", help="run the slow tests instead")
     parser.add_argument("--gpu", action="store_true", help="run the CUDA tests instead")
+    parser.add_argument(
+        "--with-vllm", action="store_true", help="install vLLM's CPU build and run its tests"
+    )
     parser.add_argument("--bench", action="store_true", help="run the benchmarks instead")
     parser.add_argument(
         "--here", action="store_true", help="use the Python that runs this, not .venv-check"
@@ -71,6 +76,8 @@ def _steps(arguments: argparse.Namespace, python: str) -> list[tuple[str, list[s
     """(name, command) of what was asked for, in order."""
     marks = [mark for mark in ("slow", "gpu") if getattr(arguments, mark)]
     steps = [(f"{mark} tests", [python, "-m", "pytest", "-m", mark]) for mark in marks]
+    if arguments.with_vllm:
+        steps += _vllm_steps(python, arguments.torch_index)
     if arguments.bench:
         steps.append(("benchmarks", [python, "tools/bench.py"]))
     if steps:
@@ -82,6 +89,17 @@ def _steps(arguments: argparse.Namespace, python: str) -> list[tuple[str, list[s
         ("layers", [python, "tools/check_layers.py"]),
         ("sizes", [python, "tools/check_sizes.py"]),
         ("tests", [python, "-m", "pytest", "-n", str(os.cpu_count() or 1), "--dist", "loadfile"]),
+    ]
+
+
+def _vllm_steps(python: str, torch_index: str) -> list[tuple[str, list[str]]]:
+    """vLLM's own environment (about 5 GB, minutes the first time), then the tests that use it."""
+    os.environ["SOLOLLM_VLLM_PYTHON"] = str(VLLM_FOLDER / "bin" / "python")
+    install = [python, "-m", "solollm", "engines", "install", "vllm", "--cpu"]
+    index = ["--torch-index", torch_index] if torch_index else []
+    return [
+        ("vLLM's environment", [*install, "--into", str(VLLM_FOLDER), *index]),
+        ("vllm tests", [python, "-m", "pytest", "-m", "vllm", "-x"]),
     ]
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -26,7 +26,24 @@ Examples:
 @click.argument("models", nargs=-1, required=True, metavar="[NAME=]RUN_OR_CHECKPOINT...")
 @click.option("--host", default="127.0.0.1", show_default=True, help="Address to listen on.")
 @click.option("--port", type=click.IntRange(0, 65535), default=8000, show_default=True)
-@click.option("--backend", default="auto", show_default=True, help="auto, or the name of one.")
+@click.option(
+    "--engine",
+    default="auto",
+    show_default=True,
+    help="auto, builtin, vllm, or the address of a running vLLM.",
+)
+@click.option("--backend", default="auto", show_default=True, help="Of the built-in engine.")
+@click.option(
+    "--vllm-python", type=click.Path(path_type=Path), help="An interpreter that has vLLM."
+)
+@click.option("--vllm-eager", is_flag=True, help="vLLM without compiling: slower, up sooner.")
+@click.option(
+    "--adapter",
+    "adapters",
+    multiple=True,
+    metavar="NAME=FOLDER",
+    help="A LoRA adapter to offer under a name of its own.",
+)
 @click.option(
     "--key-file", type=click.Path(path_type=Path), help=f"Its first line; else ${KEY_VARIABLE}."
 )
@@ -36,9 +53,9 @@ Examples:
 @click.option("--max-seq-len", type=click.IntRange(0), default=0, help="0: the model's.")
 @click.option("--json", "as_json", is_flag=True, help="Say in JSON where it listens.")
 def command(
-    models: tuple[str, ...], host: str, port: int, backend: str, key_file: Path | None,
-    hosts: tuple[str, ...], origins: tuple[str, ...], max_batch_size: int, max_seq_len: int,
-    as_json: bool,
+    models: tuple[str, ...], host: str, port: int, key_file: Path | None,
+    hosts: tuple[str, ...], origins: tuple[str, ...], adapters: tuple[str, ...],
+    as_json: bool, **engines: Any,
 ) -> None:  # fmt: skip
     """Serve models to programs that speak OpenAI's API, and to people in a browser.
 
@@ -46,13 +63,12 @@ def command(
     32 characters is needed. Ctrl-C lets answers under way end.
     """
     from solollm.serving.access import AccessRules
+    from solollm.serving.engine_choice import EngineSettings
     from solollm.serving.server import ServeOptions, serve
 
     rules = AccessRules(host=host, key=read_key(key_file), hosts=hosts, origins=origins)
-    options = ServeOptions(
-        access=rules, port=port, backend=backend, max_batch_size=max_batch_size,
-        max_seq_len=max_seq_len,
-    )  # fmt: skip
+    settings = EngineSettings(adapters=dict(map(read_adapter, adapters)), **engines)
+    options = ServeOptions(access=rules, port=port, engines=settings)
     notices = console(stderr=True)
     notices.print(f"loading {', '.join(models)}", style="dim", markup=False, soft_wrap=True)
     serve(
@@ -70,6 +86,14 @@ def read_source(text: str) -> ModelSource:
     if equals and name and not Path(text).exists():
         return ModelSource(Path(path), name)
     return ModelSource(Path(text))
+
+
+def read_adapter(text: str) -> tuple[str, Path]:
+    """NAME=FOLDER. Raises UsageError for anything else."""
+    name, equals, path = text.partition("=")
+    if not (name and equals and path):
+        raise click.UsageError(f"--adapter {text!r} is not NAME=FOLDER")
+    return name, Path(path)
 
 
 def read_key(file: Path | None) -> str:

@@ -11,7 +11,7 @@ import asyncio
 import contextlib
 import socket
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import uvicorn
@@ -20,9 +20,9 @@ from solollm.completion import TextSide, read_text_side
 from solollm.errors import ConfigError
 from solollm.serving.access import AccessRules
 from solollm.serving.app import Front, build_app
-from solollm.serving.built_in import BuiltInEngine
 from solollm.serving.catalogue import Catalogue, ServedModel
 from solollm.serving.connections import protocol_class
+from solollm.serving.engine_choice import EngineSettings, choose_engine, make_engine
 from solollm.serving.limits import Limits
 from solollm.serving.metrics import Metrics
 from solollm.serving.text_filter import FilterFactory
@@ -38,16 +38,13 @@ class ServeOptions:
 
     Attributes:
         port: 0: any free one.
-        backend: of the built-in engine: auto, torch, mlx.
-        max_seq_len: tokens of prompt and answer together; 0: the model's.
+        engines: which engine, and how it is set up.
         filters: see `text_filter`.
     """
 
     access: AccessRules = field(default_factory=AccessRules)
     port: int = 8000
-    backend: str = "auto"
-    max_batch_size: int = 16
-    max_seq_len: int = 0
+    engines: EngineSettings = field(default_factory=EngineSettings)
     limits: Limits = field(default_factory=Limits)
     filters: FilterFactory | None = None
 
@@ -116,17 +113,22 @@ def open_catalogue(
     sources: Sequence[ModelSource], options: ServeOptions
 ) -> tuple[Catalogue, tuple[str, ...]]:
     """The models of some folders, each behind an engine that is not started yet; and notes."""
+    choice = choose_engine(options.engines)
     models: list[ServedModel] = []
-    notes: list[str] = []
+    notes: list[str] = [choice.reason]
     for source in sources:
         side = read_text_side(source.path)
-        name = source.name or _name_of(source.path)
-        if any(model.name == name for model in models):
-            raise ConfigError(
-                f"two models would be called {name!r}", fix="name them: NAME=RUN_OR_CHECKPOINT"
-            )
-        models.append(_served(name, side, _engine(side, options)))
+        engine = make_engine(choice, side, options.engines, options.limits)
+        base = _served(source.name or _name_of(source.path), side, engine)
+        models.append(base)
+        models += [replace(base, name=name, adapter=name) for name in options.engines.adapters]
         notes += side.notes
+    names = [model.name for model in models]
+    twice = next((name for name in names if names.count(name) > 1), None)
+    if twice is not None:
+        raise ConfigError(
+            f"two models would be called {twice!r}", fix="name them: NAME=RUN_OR_CHECKPOINT"
+        )
     return Catalogue(models), tuple(notes)
 
 
@@ -139,16 +141,6 @@ def _served(name: str, side: TextSide, engine: TokenEngine) -> ServedModel:
         name=name, root=name, engine=engine, tokenizer=side.tokenizer, checkpoint=side.checkpoint,
         stop_ids=side.stop_ids, is_chat=side.is_chat, tools=tool_style(template),
     )  # fmt: skip
-
-
-def _engine(side: TextSide, options: ServeOptions) -> TokenEngine:
-    settings = {
-        "backend": options.backend,
-        "options": {
-            "max_batch_size": options.max_batch_size, "max_seq_len": options.max_seq_len,
-        },
-    }  # fmt: skip
-    return BuiltInEngine(side.checkpoint, settings, options.limits)
 
 
 def _name_of(path: Path) -> str:

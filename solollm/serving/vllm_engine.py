@@ -10,11 +10,12 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import httpx
 
+from solollm.backend import SamplingParams
 from solollm.errors import BackendError
 from solollm.serving.limits import Limits
 from solollm.serving.token_engine import (
@@ -30,6 +31,7 @@ from solollm.serving.token_engine import (
     TokenJob,
     TokenStream,
 )
+from solollm.serving.vllm_process import VllmProcess
 
 _WATCH_SECONDS = 1.0
 _PROBE_SECONDS = 5.0
@@ -41,8 +43,8 @@ class VllmEngine(TokenEngine):
     Args:
         model: the name it serves the base model under; empty: the first it lists.
         padding_ids: rows of the embedding that stand for no token; they are never chosen.
-        revive: called when the server does not answer; it returns when it may be there again.
-            None: it is somebody else's, and only waited for.
+        child: what starts the server and starts it again; None: it is somebody else's, and only
+            waited for.
     """
 
     def __init__(
@@ -53,14 +55,14 @@ class VllmEngine(TokenEngine):
         model: str = "",
         max_batch_size: int,
         padding_ids: Sequence[int] = (),
-        revive: Callable[[], Awaitable[None]] | None = None,
+        child: VllmProcess | None = None,
     ) -> None:
         self._client = client
         self._limits = limits
         self._model = model
         self._max_batch_size = max_batch_size
         self._bias = {i: -100.0 for i in padding_ids}
-        self._revive = revive
+        self._child = child
         self._state: EngineState = "stopped"
         self._info: EngineInfo | None = None
         self._active = 0
@@ -86,8 +88,8 @@ class VllmEngine(TokenEngine):
 
     async def start(self) -> None:
         self._state = "starting"
-        if self._revive is not None:
-            await self._revive()
+        if self._child is not None:
+            await self._child.revive()
         await self._read_info()
         await self._try_out()
         self._state = "ready"
@@ -101,6 +103,8 @@ class VllmEngine(TokenEngine):
                 await self._watch
             self._watch = None
         await self._client.aclose()
+        if self._child is not None:
+            await self._child.close()
 
     async def open(self, jobs: Sequence[TokenJob]) -> TokenStream:
         if self._state != "ready":
@@ -154,8 +158,6 @@ class VllmEngine(TokenEngine):
 
     async def _try_out(self) -> None:
         """One token, so that the first client does not meet a server that speaks otherwise."""
-        from solollm.backend import SamplingParams
-
         seen: list[Token] = []
         job = TokenJob((1,), 1, SamplingParams(), frozenset(), top_logprobs=1)
         try:
@@ -176,8 +178,8 @@ class VllmEngine(TokenEngine):
                 continue
             self._state = "down"
             with contextlib.suppress(BackendError):
-                if self._revive is not None:
-                    await self._revive()
+                if self._child is not None:
+                    await self._child.revive()
                 await self._read_info()
                 self._restarts += 1
                 self._state = "ready"
@@ -264,12 +266,12 @@ def request_body(job: TokenJob, model: str, bias: Mapping[int, float]) -> dict[s
 
 
 def tokens_of(line: str, job: TokenJob) -> list[Token]:
-    """The tokens of one line of a stream. Raises EngineFailure for an error told in it."""
+    """The tokens of one line of a stream. An error in it is raised: JobRefused, EngineFailure."""
     if not line.startswith("data: ") or line == "data: [DONE]":
         return []
     event = json.loads(line[6:])
     if "error" in event:
-        raise EngineFailure(str(event["error"].get("message", event["error"]))[:300])
+        raise _told(event["error"], job)
     found: list[Token] = []
     for choice in event.get("choices", ()):
         ids: list[int] = choice.get("token_ids") or []
@@ -301,6 +303,14 @@ def _structured(constraint: Constraint) -> dict[str, Any]:
     if constraint.kind == "json_schema":
         return {"json": json.loads(constraint.source)}
     return {constraint.kind: constraint.source}
+
+
+def _told(error: Mapping[str, Any], job: TokenJob) -> Exception:
+    """An error that came inside a stream: what it says of a grammar, it says so late."""
+    message = " ".join(str(error.get("message", error)).split())[:300]
+    if error.get("code") != 400:
+        return EngineFailure(message)
+    return JobRefused(message, param="response_format" if job.constraint else None)
 
 
 def _refusal(status: int, content: bytes) -> Exception:

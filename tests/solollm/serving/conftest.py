@@ -5,12 +5,13 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import importlib.util
+import os
 import re
 import socket
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import httpx
 import numpy as np
@@ -21,13 +22,16 @@ from solollm.architecture import ModelConfig, parameter_table
 from solollm.backend import HostTensor
 from solollm.checkpoint import save_checkpoint
 from solollm.serving.access import AccessRules
+from solollm.serving.engine_choice import EngineSettings
+from solollm.serving.limits import Limits
 from solollm.serving.server import Listening, ModelSource, ServeOptions, start_serving
 from solollm.testing.snapshots import ArraySnapshot, state_at
 from solollm.tokenizer import Tokenizer
 from solollm.tokenizer_training import train_tokenizer
 
 NAME = "tiny"
-_START_SECONDS = 120
+_START_SECONDS = 900  # of which vLLM's CPU build takes most on a busy machine
+VLLM = {"engine": "vllm", "vllm_eager": True}
 
 # As Hermes and Qwen lay tools out, in short.
 TOOL_TEMPLATE = """\
@@ -153,19 +157,32 @@ def served_checkpoint(
     )  # fmt: skip
 
 
+def vllm_python() -> Path:
+    """The interpreter of the vLLM environment that `tools/check.py --with-vllm` makes."""
+    given = os.environ.get("SOLOLLM_VLLM_PYTHON")
+    if not given:
+        pytest.fail("SOLOLLM_VLLM_PYTHON names no interpreter; run tools/check.py --with-vllm")
+    return Path(given)
+
+
 @pytest.fixture(scope="session")
 def serving(served_checkpoint: Path) -> Iterator[Callable[..., RunningServer]]:
     """Starts servers over the tiny model by backend name and changed options; each once."""
     running: dict[str, RunningServer] = {}
 
-    def start(backend: str, **changes: object) -> RunningServer:
-        key = f"{backend} {changes}"
+    def start(backend: str, *, limits: Limits | None = None, **changes: Any) -> RunningServer:
+        key = f"{backend} {limits} {changes}"
         if key not in running:
-            if importlib.util.find_spec({"mlx": "mlx_lm"}.get(backend, backend)) is None:
+            if backend == "vllm":
+                changes = {**VLLM, "vllm_python": vllm_python(), **changes}
+            elif importlib.util.find_spec({"mlx": "mlx_lm"}.get(backend, backend)) is None:
                 pytest.skip(f"{backend} is not installed")
-            options = replace(
-                ServeOptions(access=AccessRules(), port=0, backend=backend), **changes
-            )
+            else:
+                changes = {"backend": backend, **changes}
+            options = ServeOptions(
+                access=AccessRules(), port=0, limits=limits or Limits(),
+                engines=EngineSettings(**changes),
+            )  # fmt: skip
             running[key] = RunningServer([ModelSource(served_checkpoint, NAME)], options)
         return running[key]
 

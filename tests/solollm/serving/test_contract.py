@@ -34,7 +34,9 @@ WEATHER: dict[str, Any] = {
 }
 
 
-@pytest.fixture(scope="module", params=["torch", "mlx"])
+@pytest.fixture(
+    scope="module", params=["torch", "mlx", pytest.param("vllm", marks=pytest.mark.vllm)]
+)
 def url(request: pytest.FixtureRequest, serving: Callable[..., Any]) -> str:
     return str(serving(request.param).url)
 

@@ -19,6 +19,7 @@ import pytest
 
 from solollm.errors import ConfigError, IntegrityError
 from solollm.serving.access import AccessRules
+from solollm.serving.engine_choice import EngineSettings
 from solollm.serving.limits import Limits
 from solollm.serving.server import ModelSource, ServeOptions, serve
 
@@ -205,7 +206,7 @@ def test_a_worker_ends_with_its_server(process: tuple[subprocess.Popen[str], str
 
 def test_a_model_that_cannot_be_served_is_an_error(tmp_path: Path, served_checkpoint: Path) -> None:
     """A server that starts, and restarts, and restarts, for a model that never loads."""
-    options = ServeOptions(access=AccessRules(), port=0, backend="torch")
+    options = ServeOptions(access=AccessRules(), port=0, engines=EngineSettings(backend="torch"))
     with pytest.raises(ConfigError):
         serve([ModelSource(tmp_path)], options, on_ready=lambda _: None)
     with pytest.raises(ConfigError, match="called"):
