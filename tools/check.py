@@ -4,7 +4,7 @@
     python3 tools/check.py --slow          the tests that take minutes
     python3 tools/check.py --bench         the benchmarks, with their figures
     python3 tools/check.py --gpu           the tests that need a CUDA card
-    python3 tools/check.py --with-vllm     the server's contract on vLLM, in an environment made for it
+    python3 tools/check.py --with-vllm     the server's contract on vLLM, in its own environment
 
 Needs Python 3.11 and nothing else: the first run makes `.venv-check` with the test dependencies;
 later runs reuse it until `pyproject.toml` changes.
