@@ -20,6 +20,9 @@ from solollm.backend import LogitsProcessor, SamplingParams
 from solollm.errors import BackendError, ConfigError
 from solollm.optim_codec import counter_uniform
 
+# Below it, the second likeliest of two float32 logits has no chance left, and quotients overflow.
+_MIN_TEMPERATURE = 1e-6
+
 
 class Candidates(NamedTuple):
     """The tokens that may be drawn: ids int64 [n], ascending, and float64 [n] that sum to 1."""
@@ -96,7 +99,7 @@ def candidates(adjusted: np.ndarray, params: SamplingParams) -> Candidates:
     ids stay. `params.temperature` must be above 0.
     """
     ids = np.flatnonzero(adjusted > -np.inf)
-    scaled = adjusted[ids] / np.float32(params.temperature)
+    scaled = adjusted[ids] / np.float32(max(params.temperature, _MIN_TEMPERATURE))
     if 0 < params.top_k < len(scaled):
         border = np.partition(scaled, len(scaled) - params.top_k)[len(scaled) - params.top_k]
         ids, scaled = _keep(scaled >= border, ids, scaled)

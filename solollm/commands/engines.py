@@ -47,19 +47,15 @@ def list_engines(as_json: bool) -> None:
     terminal.print(f"auto     {choice.reason}", markup=False, soft_wrap=True)
 
 
-@command.group()
-def install() -> None:
-    """Install an engine that is not part of SoloLLM."""
-
-
-@install.command()
+@command.command()
+@click.argument("engine", type=click.Choice(["vllm"]))
 @click.option("--into", type=click.Path(path_type=Path), help="Folder of the environment.")
 @click.option(
     "--cpu/--cuda", "is_cpu", default=None, help="Which build. Default: as there is a card."
 )
 @click.option("--torch-index", default="", metavar="URL", help="A further index to find torch on.")
-def vllm(into: Path | None, is_cpu: bool | None, torch_index: str) -> None:
-    """vLLM in an environment of its own, from the versions that it was tested with.
+def install(engine: str, into: Path | None, is_cpu: bool | None, torch_index: str) -> None:
+    """Install vLLM in an environment of its own, from the versions that it was tested with.
 
     The build for CUDA cards takes about 12 GB of disk, the one for processors 5 GB. Run again, it
     leaves an environment that is whole as it is.

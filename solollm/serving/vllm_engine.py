@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Container, Mapping, Sequence
 from typing import Any
 
 import httpx
@@ -31,7 +31,7 @@ from solollm.serving.token_engine import (
     TokenJob,
     TokenStream,
 )
-from solollm.serving.vllm_process import VllmProcess
+from solollm.serving.vllm_process import MAX_LOGPROBS, VllmProcess
 
 _WATCH_SECONDS = 1.0
 _PROBE_SECONDS = 5.0
@@ -122,7 +122,7 @@ class VllmEngine(TokenEngine):
                 if answer.status_code != 200:
                     raise _refusal(answer.status_code, await answer.aread())
                 async for line in answer.aiter_lines():
-                    for token in tokens_of(line, job):
+                    for token in tokens_of(line, job, hidden=self._bias):
                         put(token)
         except httpx.HTTPError as error:
             raise EngineUnavailable(
@@ -256,7 +256,7 @@ def request_body(job: TokenJob, model: str, bias: Mapping[int, float]) -> dict[s
         "frequency_penalty": job.penalties[0], "presence_penalty": job.penalties[1],
         "seed": sampling.seed, "stop_token_ids": sorted(job.stop_ids), "stream": True,
         "add_special_tokens": False, "return_token_ids": True, "skip_special_tokens": False,
-        "logprobs": job.top_logprobs, "return_tokens_as_token_ids": True,
+        "logprobs": _asked_logprobs(job, bias), "return_tokens_as_token_ids": True,
     }  # fmt: skip
     if merged:
         body["logit_bias"] = {str(token): value for token, value in merged.items()}
@@ -265,8 +265,9 @@ def request_body(job: TokenJob, model: str, bias: Mapping[int, float]) -> dict[s
     return body
 
 
-def tokens_of(line: str, job: TokenJob) -> list[Token]:
-    """The tokens of one line of a stream. An error in it is raised: JobRefused, EngineFailure."""
+def tokens_of(line: str, job: TokenJob, *, hidden: Container[int] = ()) -> list[Token]:
+    """The tokens of one line of a stream; ids in `hidden` are no alternatives. An error in the line
+    is raised: JobRefused, EngineFailure."""
     if not line.startswith("data: ") or line == "data: [DONE]":
         return []
     event = json.loads(line[6:])
@@ -279,7 +280,9 @@ def tokens_of(line: str, job: TokenJob) -> list[Token]:
         values = logprobs.get("token_logprobs") or [0.0] * len(ids)
         tops = logprobs.get("top_logprobs") or [None] * len(ids)
         for token, value, top in zip(ids, values, tops, strict=False):
-            found.append(Token(token, float(value or 0.0), None, _likeliest(top, job.top_logprobs)))
+            likeliest = [pair for pair in _likeliest(top) if pair[0] not in hidden]
+            pairs = tuple(likeliest[: job.top_logprobs])
+            found.append(Token(token, float(value or 0.0), None, pairs))
         if (reason := choice.get("finish_reason")) is not None:
             found = _ended(found, reason, job)
     return found
@@ -293,10 +296,15 @@ def _ended(found: list[Token], reason: str, job: TokenJob) -> list[Token]:
     return [*found, Token(-1, 0.0, "stop" if stops else "length")]
 
 
-def _likeliest(top: Mapping[str, float] | None, count: int) -> tuple[tuple[int, float], ...]:
-    """vLLM's {"token_id:7": -0.1}, likeliest first, without the chosen one where it is extra."""
+def _likeliest(top: Mapping[str, float] | None) -> list[tuple[int, float]]:
+    """vLLM's {"token_id:7": -0.1}, likeliest first."""
     pairs = [(int(name.removeprefix("token_id:")), float(v)) for name, v in (top or {}).items()]
-    return tuple(sorted(pairs, key=lambda pair: (-pair[1], pair[0]))[:count])
+    return sorted(pairs, key=lambda pair: (-pair[1], pair[0]))
+
+
+def _asked_logprobs(job: TokenJob, hidden: Mapping[int, float]) -> int:
+    """Enough that, the hidden ones taken out, there are as many as were asked for."""
+    return min(MAX_LOGPROBS, job.top_logprobs + len(hidden)) if job.top_logprobs else 0
 
 
 def _structured(constraint: Constraint) -> dict[str, Any]:

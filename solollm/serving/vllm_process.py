@@ -27,6 +27,7 @@ _MAX_PAUSE = 30.0
 _MAX_LORAS = 8  # in one batch; each takes memory of its own
 _LOG_TAIL = 12  # lines
 MODEL_NAME = "base"
+MAX_LOGPROBS = 20 + 63  # what clients may ask for, and the padding rows that may stand before them
 _MODEL_FILES = (
     "config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json",
     "chat_template.jinja", "model.safetensors", "model.safetensors.index.json",
@@ -59,7 +60,8 @@ def command_line(settings: VllmSettings, folder: Path, sock: Path) -> list[str]:
         "--model", str(folder), "--served-model-name", MODEL_NAME, "--uds", str(sock),
         "--max-model-len", str(settings.max_seq_len),
         "--max-num-seqs", str(settings.max_batch_size),
-        "--max-logprobs", "20", "--dtype", settings.dtype, "--generation-config", "vllm",
+        "--max-logprobs", str(MAX_LOGPROBS), "--dtype", settings.dtype,
+        "--generation-config", "vllm",
         "--structured-outputs-config", '{"backend":"guidance","disable_any_whitespace":true}',
         "--disable-fastapi-docs", "--no-enable-log-requests", "--disable-uvicorn-access-log",
     ]  # fmt: skip

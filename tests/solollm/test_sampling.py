@@ -158,3 +158,11 @@ def test_defaults_are_plain_greedy() -> None:
     assert not is_plain_greedy(SamplingParams(temperature=0.1))
     assert not is_plain_greedy(SamplingParams(repetition_penalty=1.1))
     assert not is_plain_greedy(SamplingParams(), [lambda ids, row: row])
+
+
+@pytest.mark.parametrize("temperature", [1e-7, 1e-40, 5e-324])
+def test_a_temperature_near_zero_is_greedy(temperature: float) -> None:
+    """Quotients beyond float32, of which no candidate is left."""
+    logits = np.random.default_rng(3).normal(size=VOCAB).astype(np.float32) * 30
+    params = SamplingParams(temperature=temperature, top_k=5, top_p=0.5)
+    assert choose(logits, params, np.array([1])) == int(logits.argmax())
