@@ -86,13 +86,15 @@ class TrainingPlan:
 @dataclass(frozen=True)
 class Wishes:
     """What is asked besides the config. `device` is a name of the table or "this"; `host_bytes`
-    the memory beside a card, 0 for the table's; `calibrate_steps` 0 for no measuring."""
+    the memory beside a card, 0 for the table's; `calibrate_steps` 0 for no measuring. `largest`
+    asks for the largest model that its memory holds, instead of one by name."""
 
     device: str = "this"
     host_bytes: int = 0
     calibrate_steps: int = 0
     price_per_kwh: float = DEFAULT_PRICE
     vocab_size: int = DEFAULT_VOCAB_SIZE
+    largest: bool = False
 
 
 @dataclass(frozen=True)
@@ -110,7 +112,8 @@ def plan_training(config: RunConfig, wishes: Wishes | None = None) -> TrainingPl
     """Plan a training, here or on another device.
 
     With `config.train.hours` and no model named, the model is the deepest whose own horizon fits
-    into that time there; with a model named, hours decide the steps.
+    into that time there; with a model named, hours decide the steps. `wishes.largest` takes the
+    deepest that fits the memory (and the hours, if any).
 
     Raises:
         ConfigError: a config or device that makes no sense.
@@ -120,7 +123,7 @@ def plan_training(config: RunConfig, wishes: Wishes | None = None) -> TrainingPl
     wishes = wishes or Wishes()
     place = _place_of(config, wishes)
     named = config.model.preset or config.model.depth or config.model.config
-    if config.train.hours is not None and not named:
+    if wishes.largest or (config.train.hours is not None and not named):
         shape = _deepest(config, wishes, place)
     else:
         shape = resolve_shape(config, resolve_model(config.model, wishes.vocab_size))
@@ -192,18 +195,20 @@ def _room_of(entry: Device) -> Room:
 
 
 def _deepest(config: RunConfig, wishes: Wishes, place: _Place) -> Shape:
-    """The deepest model of the dial whose own horizon takes no longer than the hours."""
-    assert config.train.hours is not None
+    """The deepest model of the dial that fits there, and whose own horizon takes no longer than
+    the hours where they are given."""
+    hours = config.train.hours
+    asked = replace(wishes, calibrate_steps=0)
     for depth in range(_DEEPEST, 0, -1):
         table = config.model.model_copy(update={"depth": depth})
         shape = resolve_shape(config, resolve_model(table, wishes.vocab_size))
         try:
-            made = _planned(
-                _without_hours(config), shape, replace(wishes, calibrate_steps=0), place
-            )
+            made = _planned(_without_hours(config), shape, asked, place)
         except PlanError:
-            continue
-        if made.forecast.hours <= config.train.hours:
+            if depth > 1:
+                continue
+            raise
+        if hours is None or made.forecast.hours <= hours:
             return shape
     return shape
 

@@ -23,6 +23,7 @@ Examples:
   solollm plan --preset 2.7b --device rtx-4090
   solollm plan --preset 7b --device rtx-4090 --host-memory 64
   solollm plan --hours 48 --device m4-max-64
+  solollm plan --largest --device m2-16
   solollm plan small.toml --calibrate 20
   solollm plan --preset 1.3b --compare
 """
@@ -45,13 +46,15 @@ _SHORTCUTS = {
 @click.option("--tokens", type=float, help="How many tokens to train on.")
 @click.option("--corpus", type=click.Path(), help="A built corpus, for its vocabulary.")
 @click.option("--calibrate", type=int, default=0, metavar="N", help="Measure N steps here first.")
+@click.option("--largest", is_flag=True, help="The largest model that the memory holds.")
 @click.option("--compare", is_flag=True, help="The same training on every device known.")
 @click.option("--price", type=float, help="Of a kilowatt-hour; default 0.30.")
 @click.option("--set", "overrides", multiple=True, metavar="TABLE.KEY=VALUE", help="Any setting.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON document instead.")
 def command(
     config_path: Path | None, device: str, host_memory: float | None, calibrate: int,
-    compare: bool, price: float | None, overrides: tuple[str, ...], as_json: bool, **shortcuts: Any,
+    largest: bool, compare: bool, price: float | None, overrides: tuple[str, ...], as_json: bool,
+    **shortcuts: Any,
 ) -> None:  # fmt: skip
     """Does it fit, how long does it take, what does it cost: before a training is begun.
 
@@ -75,6 +78,7 @@ def command(
         calibrate_steps=calibrate,
         price_per_kwh=planning.DEFAULT_PRICE if price is None else price,
         vocab_size=_vocab_size(config),
+        largest=largest,
     )
     if compare:
         _compare(config, wishes, as_json=as_json)

@@ -82,3 +82,12 @@ def test_a_comparison_lists_devices_that_fit_and_that_do_not() -> None:
     assert found["m4-max-64"]["backend"] == "mlx"
     assert "refused" in found["rtx-3070"]
     assert found["rtx-3070"]["fix"]
+
+
+def test_the_largest_model_grows_with_the_memory_and_fits() -> None:
+    """A Mac owner told of a model that its memory does not hold."""
+    small, large = (_json("--largest", "--device", name) for name in ("m2-16", "m4-max-64"))
+    assert 1e8 < small["num_parameters"] < large["num_parameters"]
+    for made in (small, large):
+        used = sum(made["device_bytes"].values())
+        assert 0.5 * made["device_limit_bytes"] < used <= made["device_limit_bytes"]
