@@ -32,6 +32,7 @@ COMMANDS = {
     "serve": "Offer models to programs (OpenAI's API) and browsers.",
     "engines": "What can serve models here; install vLLM.",
     "import": "Make a model of others ready to train on.",
+    "eval": "Measure a model: bits per byte, MMLU, GSM8K, any lm-eval task.",
     "export": "Write a model as a folder for transformers, vLLM or mlx-lm.",
     "runs": "List, show, verify and move runs.",
     "verify": "Prove that killed runs resume, and that runs move.",

@@ -73,7 +73,7 @@ def read_text_side(path: Path) -> TextSide:
             fix="copy the files of the tokenizer it was trained with into that folder",
         )
     tokenizer = Tokenizer.load(checkpoint)
-    ends = _generation_ends(checkpoint)
+    ends = generation_ends(checkpoint)
     is_chat = tokenizer.end_id in ends and _has_chat_template(tokenizer)
     return TextSide(checkpoint, tokenizer, is_chat, tokenizer.stop_ids | ends, notes)
 
@@ -172,7 +172,7 @@ def _has_chat_template(tokenizer: Tokenizer) -> bool:
         return False
 
 
-def _generation_ends(checkpoint: Path) -> frozenset[int]:
+def generation_ends(checkpoint: Path) -> frozenset[int]:
     """The eos ids of `generation_config.json`, which may be one, several or none."""
     path = checkpoint / "generation_config.json"
     if not path.is_file():

@@ -7,7 +7,7 @@ token is picked is in `solollm.sampling`.
 
 from __future__ import annotations
 
-from collections.abc import Generator, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 from solollm.backend import (
@@ -82,6 +82,26 @@ def drain(decoder: Decoder) -> Iterator[TokenEvent]:
         yield from events
 
 
+def feed(
+    decoder: Decoder, requests: Sequence[Request], *, in_flight: int
+) -> Iterator[tuple[int, TokenEvent]]:
+    """(index of the request, its event) for many requests, handed over in order with at most
+    `in_flight` of them unfinished: a benchmark's tens of thousands never queue in the decoder, and
+    neighbours, which often begin alike, run together. The caller may cancel by request id."""
+    index_of: dict[int, int] = {}
+    upcoming, unfinished = 0, 0
+    while True:
+        while unfinished < in_flight and upcoming < len(requests):
+            index_of[decoder.add(requests[upcoming])] = upcoming
+            upcoming, unfinished = upcoming + 1, unfinished + 1
+        events = decoder.step()
+        if not events:
+            return
+        for event in events:
+            unfinished -= event.finish_reason is not None
+            yield index_of[event.request_id], event
+
+
 def completion(events: Iterable[TokenEvent]) -> Completion:
     """The completion that one request's events, in order, amount to."""
     seen = list(events)
@@ -97,7 +117,10 @@ def completion(events: Iterable[TokenEvent]) -> Completion:
 
 
 def loglikelihood(
-    engine: Engine, pairs: Sequence[tuple[Sequence[int], Sequence[int]]]
+    engine: Engine,
+    pairs: Sequence[tuple[Sequence[int], Sequence[int]]],
+    *,
+    tell: Callable[[int, int], None] = lambda done, total: None,
 ) -> list[tuple[float, bool]]:
     """For each (context ids, continuation ids): log p(continuation | context) in nats, and whether
     greedy decoding would have produced exactly it.
@@ -105,6 +128,7 @@ def loglikelihood(
     As lm-eval does it: an over-long pair keeps its last `max_seq_len + 1` tokens (the last of them
     is only scored, never fed). Pairs are run in the order of their ids, so that those with a common
     beginning are neighbours and an engine can reuse what they share; equal pairs are run once.
+    `tell` hears (pairs done, pairs to run).
 
     Raises:
         ConfigError: an empty context or continuation, or a continuation beyond `max_seq_len`.
@@ -112,13 +136,16 @@ def loglikelihood(
     limit = engine.options.max_seq_len or engine.model.max_position_embeddings
     jobs = [_scoring_job(context, continuation, limit) for context, continuation in pairs]
     order = sorted(set(jobs))
-    results = generate(engine, [Request(ids, 0, score_prompt=True) for ids, _ in order])
+    requests = [Request(ids, 0, score_prompt=True) for ids, _ in order]
     scored: dict[tuple[tuple[int, ...], int], tuple[float, bool]] = {}
-    for (ids, length), result in zip(order, results, strict=True):
-        assert result.prompt_scores is not None, "an engine did not score a prompt"
-        logprobs, is_greedy = result.prompt_scores
+    in_flight = 2 * engine.options.max_batch_size
+    for index, event in feed(engine.open(), requests, in_flight=in_flight):
+        assert event.prompt_scores is not None, "an engine did not score a prompt"
+        ids, length = order[index]
+        logprobs, is_greedy = event.prompt_scores
         total = float(logprobs[-length:].sum(dtype="float64"))
         scored[ids, length] = (total, bool(is_greedy[-length:].all()))
+        tell(len(scored), len(order))
     return [scored[job] for job in jobs]
 
 

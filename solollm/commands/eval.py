@@ -1,0 +1,195 @@
+"""`solollm eval`: the terminal skin of `solollm.evaluation`."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from solollm.commands import console, print_json
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from solollm.evaluation.harness import Benchmark
+    from solollm.evaluation.report import Evaluation
+
+_EPILOG = """\b
+Examples:
+  solollm eval runs/first                               (bits per byte, on what the corpus held out)
+  solollm eval runs/first --text notes.txt
+  solollm eval runs/first --mmlu data/mmlu --gsm8k data/gsm8k/test.jsonl
+  solollm eval runs/first --task arc_easy --limit 200   (lm-eval downloads it)
+"""
+
+
+@click.command("eval", epilog=_EPILOG)
+@click.argument("model", type=click.Path(path_type=Path), metavar="RUN_OR_CHECKPOINT")
+@click.option("--text", "texts", multiple=True, type=click.Path(path_type=Path),
+              help="Bits per byte of this file or folder.")  # fmt: skip
+@click.option("--max-bytes", type=click.IntRange(0), default=1_000_000, show_default=True,
+              help="Of text, in whole documents; 0: all.")  # fmt: skip
+@click.option("--mmlu", type=click.Path(path_type=Path), help="MMLU, 5 shots, from this folder.")
+@click.option("--gsm8k", type=click.Path(path_type=Path), help="GSM8K, 8 shots, from this file.")
+@click.option("--task", "tasks", multiple=True, help="A task or group of lm-eval, by name.")
+@click.option("--limit", type=click.IntRange(0), default=0,
+              help="Items of each benchmark; 0: all.")  # fmt: skip
+@click.option("--shots", type=click.IntRange(0), help="Examples per prompt. Default: the task's.")
+@click.option("--chat", is_flag=True, help="Ask through the model's chat template.")
+@click.option("--system", default="", help="System prompt, with --chat.")
+@click.option("--bos/--no-bos", "add_bos", default=None,
+              help="Begin prompts with bos. Default: as the tokenizer's files say.")  # fmt: skip
+@click.option("--seed", type=click.IntRange(0), default=1234, show_default=True)
+@click.option("--batch-size", type=click.IntRange(1), default=8, show_default=True)
+@click.option("--backend", default="auto", show_default=True, help="auto, or a backend's name.")
+@click.option("--log-samples", type=click.Path(path_type=Path),
+              help="Write every prompt, answer and metric here, as JSON lines.")  # fmt: skip
+@click.option("--no-save", is_flag=True, help="Do not write the result into the run.")
+@click.option("--json", "as_json", is_flag=True, help="One JSON document on standard output.")
+def command(model: Path, as_json: bool, no_save: bool, log_samples: Path | None,
+            **asked: Any) -> None:  # fmt: skip
+    """Measure a model: bits per byte, MMLU, GSM8K, and whatever lm-evaluation-harness knows.
+
+    A run folder stands for its newest intact checkpoint. The result is printed beside published
+    figures, and stored in the run.
+    """
+    os.environ.setdefault("TQDM_DISABLE", "1")  # lm-eval's bars; this command shows its own
+    from solollm.evaluation.harness import HarnessOptions
+    from solollm.evaluation.report import EvalOptions, evaluate, save_evaluation
+
+    options = EvalOptions(
+        texts=asked["texts"], max_bytes=asked["max_bytes"], benchmarks=_benchmarks(asked),
+        harness=HarnessOptions(
+            limit=asked["limit"], num_shots=asked["shots"], chat_template=asked["chat"],
+            system=asked["system"], add_bos=asked["add_bos"], seed=asked["seed"],
+        ),
+        backend=asked["backend"], batch_size=asked["batch_size"],
+    )  # fmt: skip
+    terminal = console(stderr=True)
+    with terminal.status("opening the model") as status:
+
+        def tell(kind: str, done: int, total: int) -> None:
+            status.update(f"{kind}: {done:,} of {total:,}")
+
+        evaluation = evaluate(model, options, tell=tell)
+    stored = None if no_save else save_evaluation(evaluation)
+    if log_samples is not None:
+        _write_samples(evaluation, log_samples)
+    if as_json:
+        print_json({**evaluation.document, "stored": stored})
+    else:
+        show_evaluation(evaluation, console())
+        if stored is not None:
+            console().print(f"stored in {stored}", soft_wrap=True)
+
+
+def _benchmarks(asked: dict[str, Any]) -> tuple[Benchmark, ...]:
+    from solollm.errors import ConfigError
+    from solollm.evaluation.harness import Benchmark
+
+    local = [("mmlu", asked["mmlu"]), ("gsm8k_cot", asked["gsm8k"])]
+    found = [Benchmark(name, path) for name, path in local if path is not None]
+    found += [Benchmark(name) for name in asked["tasks"]]
+    names = [benchmark.name for benchmark in found]
+    twice = sorted({name for name in names if names.count(name) > 1})
+    if twice:
+        raise ConfigError(f"{', '.join(twice)} is asked for twice", fix="name each benchmark once")
+    return tuple(found)
+
+
+def show_evaluation(evaluation: Evaluation, terminal: Console) -> None:
+    """Tables: bits per byte, every score with its interval, and the rows that are quoted."""
+    for note in evaluation.notes:
+        terminal.print(note, style="dim", markup=False, soft_wrap=True)
+    if evaluation.texts:
+        _show_texts(evaluation, terminal)
+    if evaluation.benchmarks is not None:
+        _show_scores(evaluation, terminal)
+        _show_beside_quoted(evaluation, terminal)
+
+
+def _table(terminal: Console, columns: tuple[str, ...]) -> Callable[..., None]:
+    from rich.table import Table
+
+    table = Table(box=None, pad_edge=False)
+    for place, name in enumerate(columns):
+        table.add_column(name, justify="right" if place else "left")
+
+    def finish(rows: list[tuple[str, ...]]) -> None:
+        for row in rows:
+            table.add_row(*row)
+        terminal.print(table)
+
+    return finish
+
+
+def _show_texts(evaluation: Evaluation, terminal: Console) -> None:
+    rows = [
+        (
+            score.name + ("" if score.is_whole else " (its beginning)"),
+            f"{score.bits_per_byte:.4f}", _interval(score.interval, "{:.4f}"),
+            f"{score.num_documents:,}", f"{score.num_bytes:,}",
+        )
+        for score in evaluation.texts
+    ]  # fmt: skip
+    _table(terminal, ("text", "bits per byte", "95%", "documents", "bytes"))(rows)
+
+
+def _show_scores(evaluation: Evaluation, terminal: Console) -> None:
+    assert evaluation.benchmarks is not None
+    rows = [
+        (
+            f"{score.benchmark}, {score.metric}", f"{score.num_shots}", f"{100 * score.value:.1f}",
+            _interval((100 * score.interval[0], 100 * score.interval[1]), "{:.1f}"),
+            f"{score.num_items:,}" + ("" if score.is_whole else " of more"), score.version,
+        )
+        for score in evaluation.benchmarks.scores
+    ]  # fmt: skip
+    _table(terminal, ("benchmark", "shots", "score", "95%", "items", "version"))(rows)
+
+
+def _show_beside_quoted(evaluation: Evaluation, terminal: Console) -> None:
+    """The two headline scores beside published ones; nothing where neither was measured."""
+    from solollm.evaluation.quoted import LEGEND, QUOTED_ROWS
+    from solollm.evaluation.report import headline
+
+    found = headline(evaluation.document)
+    if not found:
+        return
+    rows = [
+        (
+            row.model,
+            row.training,
+            *map(_number, (row.mmlu_5_shot, row.gsm8k_8_shot, row.ms_per_token)),
+            row.source,
+        )
+        for row in QUOTED_ROWS
+    ]
+    ours = [found.get(key, "") for key in ("mmlu", "gsm8k_cot", "ms_per_token")]
+    name = f"{evaluation.checkpoint.name}, {evaluation.parameters / 1e6:,.1f}M"
+    rows.append((name, "", *ours, "here"))
+    _table(terminal, ("model", "training", "MMLU 5", "GSM8K 8", "ms/token", "from"))(rows)
+    terminal.print(LEGEND, style="dim")
+
+
+def _interval(interval: tuple[float, float] | None, shape: str) -> str:
+    return "" if interval is None else " - ".join(shape.format(end) for end in interval)
+
+
+def _number(value: float | None) -> str:
+    return "" if value is None else f"{value:g}"
+
+
+def _write_samples(evaluation: Evaluation, path: Path) -> None:
+    from solollm.durable import replace_file
+
+    lines = [
+        json.dumps({"task": task, **sample}, ensure_ascii=False, default=str)
+        for task, samples in evaluation.samples.items()
+        for sample in samples
+    ]
+    replace_file(path, "".join(line + "\n" for line in lines).encode("utf-8", "replace"))
