@@ -531,6 +531,11 @@ class Backend(ABC):
         """One of them, over the core's initial weights of `seed`."""
         raise BackendError(f"the {self.name} backend has no peer {name!r} here")
 
+    def copy_bytes_per_second(self) -> float:
+        """What copying reaches of the compute device's memory, bytes read and written together; 0
+        where it is not measured."""
+        return 0.0
+
     def gemm_flops_per_cpu_second(self, model: ModelConfig, num_tokens: int) -> float:
         """The fp32 matrix-multiply rate of this process now, per second of processor time, at the
         shape of the model's largest layer; 0 where it is not measured."""

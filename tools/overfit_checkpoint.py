@@ -1,6 +1,6 @@
 """A tiny model, trained here and now until it answers some GSM8K test problems by heart.
 
-    python tools/overfit_checkpoint.py --data ../shared/data --out FOLDER [--items 24] [--steps 160]
+    python tools/overfit_checkpoint.py --data ../shared/data --out FOLDER [--items 24] [--steps 200]
 
 It is good for one thing only: comparing evaluators (`tools/compare_lm_eval.py`) on a checkpoint
 whose benchmark scores are above 0. It learns the first problems of the *test* split, in the prompt
@@ -20,12 +20,13 @@ from solollm.architecture import ModelConfig
 from solollm.backend import Batch, Plan, SessionOptions, TrainSession
 from solollm.checkpoint import DataPosition, Environment, TrainerState, save_checkpoint
 from solollm.config import OptimizerTable
-from solollm.evaluation.local_data import LETTERS, Problem, Question, read_gsm8k, read_mmlu
+from solollm.evaluation.local_data import Problem, Question, read_gsm8k, read_mmlu
+from solollm.evaluation.tuning_data import Example, choice_example, sum_example
 from solollm.registry import select_backend
 from solollm.tokenizer import Tokenizer
 from solollm.tokenizer_training import train_tokenizer
 
-SEQ_LEN, BATCH_SIZE, PEAK_LR, SEED = 1024, 2, 0.002, 0
+SEQ_LEN, BATCH_SIZE, PEAK_LR, SEED = 1024, 2, 0.0015, 0
 
 
 def gsm8k_shots() -> str:
@@ -35,22 +36,12 @@ def gsm8k_shots() -> str:
 
     path = Path(lm_eval.tasks.__file__).parent / "gsm8k" / "gsm8k-cot.yaml"
     samples = yaml.safe_load(path.read_text())["fewshot_config"]["samples"]
-    return "".join(f"Q: {s['question']}\n\nA: {s['target']}\n\n" for s in samples)
+    return "".join(f"Q: {s['question']}\nA: {s['target']}\n\n" for s in samples)
 
 
-def gsm8k_item(problem: Problem) -> str:
-    """Question and worked answer, ending as the task extracts it."""
-    steps, _, number = problem.answer.partition("####")
-    return (
-        f"Q: {problem.question}\n\nA: {' '.join(steps.split())} The answer is {number.strip()}.\n\n"
-    )
-
-
-def mmlu_item(item: Question) -> str:
-    choices = "".join(
-        f"{letter}. {choice}\n" for letter, choice in zip(LETTERS, item.choices, strict=True)
-    )
-    return f"{item.question.strip()}\n{choices}Answer: {LETTERS[item.answer]}\n\n"
+def as_text(example: Example) -> str:
+    """One example as it stands among others in a prompt."""
+    return f"{example.prompt} {example.answer}\n\n"
 
 
 class Rows:
@@ -58,8 +49,8 @@ class Rows:
 
     def __init__(self, tokenizer: Tokenizer, problems: list[Problem], dev: list[Question]) -> None:
         self._shots = tokenizer.encode(gsm8k_shots())
-        self._problems = [tokenizer.encode(gsm8k_item(p)) for p in problems]
-        self._dev = [tokenizer.encode(mmlu_item(q)) for q in dev]
+        self._problems = [tokenizer.encode(as_text(sum_example(p))) for p in problems]
+        self._dev = [tokenizer.encode(as_text(choice_example(q))) for q in dev]
         self._random = np.random.default_rng(SEED)
 
     def batch(self) -> Batch:
@@ -92,17 +83,17 @@ def main() -> None:
     parser.add_argument("--data", type=Path, required=True, help="holds gsm8k/ and mmlu/")
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--items", type=int, default=24)
-    parser.add_argument("--steps", type=int, default=160)
+    parser.add_argument("--steps", type=int, default=200)
     parser.add_argument("--max-seq-len", type=int, default=2048)
     options = parser.parse_args()
     problems = read_gsm8k(options.data / "gsm8k")[: options.items]
     dev = read_mmlu(options.data / "mmlu")["dev"]
-    texts = [gsm8k_item(p) for p in read_gsm8k(options.data / "gsm8k", "train")[:3000]]
-    tokenizer = train_tokenizer(texts + [mmlu_item(q) for q in dev], 3072)
+    texts = [as_text(sum_example(p)) for p in read_gsm8k(options.data / "gsm8k", "train")[:3000]]
+    tokenizer = train_tokenizer(texts + [as_text(choice_example(q)) for q in dev], 3072)
     model = ModelConfig(
         vocab_size=tokenizer.padded_vocab_size, hidden_size=192, intermediate_size=512,
         num_hidden_layers=3, num_attention_heads=3, num_key_value_heads=1, head_dim=64,
-        max_position_embeddings=options.max_seq_len, tie_word_embeddings=True,
+        max_position_embeddings=options.max_seq_len, tie_word_embeddings=True, qk_norm=True,
     )  # fmt: skip
     backend = select_backend("torch").backend
     plan = Plan(BATCH_SIZE, False, "float32", SEQ_LEN, BATCH_SIZE)

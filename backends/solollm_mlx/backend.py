@@ -133,6 +133,11 @@ class MlxBackend(Backend):
 
         return matmul_rates(self.capabilities().train_dtypes, seconds) if _on_gpu() else {}
 
+    def copy_bytes_per_second(self) -> float:
+        from solollm_mlx.bandwidth import copy_bytes_per_second
+
+        return copy_bytes_per_second()
+
     def engine(self, checkpoint: Path, options: EngineOptions) -> Engine:
         from solollm_mlx.engine import MlxEngine
 

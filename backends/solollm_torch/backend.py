@@ -137,6 +137,11 @@ class TorchBackend(Backend):
 
         return gemm_flops_per_cpu_second(model, num_tokens)
 
+    def copy_bytes_per_second(self) -> float:
+        from solollm_torch.bandwidth import copy_bytes_per_second
+
+        return copy_bytes_per_second(_device())
+
     def engine(self, checkpoint: Path, options: EngineOptions) -> Engine:
         from solollm_torch.engine import TorchEngine
 

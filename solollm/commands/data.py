@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Literal
 import click
 
 from solollm.commands import console, print_json
+from solollm.commands.data_tuning import tuning
 
 if TYPE_CHECKING:
     from solollm.data.build import Progress
@@ -32,6 +33,9 @@ Examples:
 @click.group("data", epilog="\b\nExample:\n  solollm data build notes/ --out corpora/mine")
 def command() -> None:
     """Build a corpus from files, folders and datasets, and look at one."""
+
+
+command.add_command(tuning)
 
 
 @command.command("build", epilog=_BUILD_EXAMPLES)

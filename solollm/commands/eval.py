@@ -16,12 +16,13 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from solollm.evaluation.harness import Benchmark
+    from solollm.evaluation.latency import Latency
     from solollm.evaluation.report import Evaluation
 
 _EPILOG = """\b
 Examples:
   solollm eval runs/first                               (bits per byte, on what the corpus held out)
-  solollm eval runs/first --text notes.txt
+  solollm eval runs/first --text notes.txt --latency
   solollm eval runs/first --mmlu data/mmlu --gsm8k data/gsm8k/test.jsonl
   solollm eval runs/first --task arc_easy --limit 200   (lm-eval downloads it)
 """
@@ -32,7 +33,7 @@ Examples:
 @click.option("--text", "texts", multiple=True, type=click.Path(path_type=Path),
               help="Bits per byte of this file or folder.")  # fmt: skip
 @click.option("--max-bytes", type=click.IntRange(0), default=1_000_000, show_default=True,
-              help="Of text, in whole documents; 0: all.")  # fmt: skip
+              help="Of each text; 0: all.")  # fmt: skip
 @click.option("--mmlu", type=click.Path(path_type=Path), help="MMLU, 5 shots, from this folder.")
 @click.option("--gsm8k", type=click.Path(path_type=Path), help="GSM8K, 8 shots, from this file.")
 @click.option("--task", "tasks", multiple=True, help="A task or group of lm-eval, by name.")
@@ -46,6 +47,9 @@ Examples:
 @click.option("--seed", type=click.IntRange(0), default=1234, show_default=True)
 @click.option("--batch-size", type=click.IntRange(1), default=8, show_default=True)
 @click.option("--backend", default="auto", show_default=True, help="auto, or a backend's name.")
+@click.option("--latency", is_flag=True, help="Milliseconds per token, bandwidth, energy.")
+@click.option("--dtype", type=click.Choice(["auto", "float32", "bfloat16", "float16"]),
+              default="auto", show_default=True)  # fmt: skip
 @click.option("--log-samples", type=click.Path(path_type=Path),
               help="Write every prompt, answer and metric here, as JSON lines.")  # fmt: skip
 @click.option("--no-save", is_flag=True, help="Do not write the result into the run.")
@@ -67,7 +71,8 @@ def command(model: Path, as_json: bool, no_save: bool, log_samples: Path | None,
             limit=asked["limit"], num_shots=asked["shots"], chat_template=asked["chat"],
             system=asked["system"], add_bos=asked["add_bos"], seed=asked["seed"],
         ),
-        backend=asked["backend"], batch_size=asked["batch_size"],
+        latency=asked["latency"], backend=asked["backend"], batch_size=asked["batch_size"],
+        dtype=asked["dtype"],
     )  # fmt: skip
     terminal = console(stderr=True)
     with terminal.status("opening the model") as status:
@@ -107,6 +112,8 @@ def show_evaluation(evaluation: Evaluation, terminal: Console) -> None:
         terminal.print(note, style="dim", markup=False, soft_wrap=True)
     if evaluation.texts:
         _show_texts(evaluation, terminal)
+    if evaluation.latency is not None:
+        _show_latency(evaluation.latency, terminal)
     if evaluation.benchmarks is not None:
         _show_scores(evaluation, terminal)
         _show_beside_quoted(evaluation, terminal)
@@ -174,6 +181,29 @@ def _show_beside_quoted(evaluation: Evaluation, terminal: Console) -> None:
     rows.append((name, "", *ours, "here"))
     _table(terminal, ("model", "training", "MMLU 5", "GSM8K 8", "ms/token", "from"))(rows)
     terminal.print(LEGEND, style="dim")
+
+
+def _show_latency(latency: Latency, terminal: Console) -> None:
+    rows = [
+        (
+            f"{speed.batch_size}", f"{speed.prefill_ms_per_token:.3f}",
+            f"{speed.decode_ms_per_token:.2f}", f"{speed.decode_cpu_ms_per_token:.2f}",
+            f"{speed.tokens_per_second:,.1f}",
+        )
+        for speed in latency.speeds
+    ]  # fmt: skip
+    columns = ("batch", "prefill ms/token", "decode ms/token", "CPU ms/token", "tokens/s")
+    _table(terminal, columns)(rows)
+    share = "the backend measures no memory bandwidth"
+    if latency.bandwidth_share is not None:
+        share = (
+            f"{latency.bytes_per_token / 1e6:,.1f} MB read per token: {latency.bandwidth_share:.0%}"
+            f" of the {latency.copy_bytes_per_second / 1e9:,.1f} GB/s that copying reaches here"
+        )
+    energy = latency.energy.reason
+    if latency.joules_per_token is not None:
+        energy = f"{latency.joules_per_token:.3f} J per new token, by {latency.energy.source}"
+    terminal.print(f"batch 1: {share}\nenergy: {energy}", soft_wrap=True)
 
 
 def _interval(interval: tuple[float, float] | None, shape: str) -> str:

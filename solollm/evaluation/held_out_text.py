@@ -79,8 +79,8 @@ def score_text(
     max_bytes: int = DEFAULT_BYTES,
     tell: Callable[[str, int, int], None] = lambda kind, done, total: None,
 ) -> TextScore:
-    """Bits per byte over whole documents, in their order, until `max_bytes` are read (0: all). The
-    first document is always read.
+    """Bits per byte over documents, in their order, until `max_bytes` are read (0: all); the last
+    one may be cut.
 
     Raises:
         ConfigError: no text at all.
@@ -90,13 +90,19 @@ def score_text(
     windows: list[int] = []  # pairs of each document
     is_whole = True
     for text in documents:
-        if max_bytes and sum(sizes) >= max_bytes:
+        content = text.encode("utf-8", "replace")
+        left = max_bytes - sum(sizes) if max_bytes else len(content)
+        if len(content) > left:
             is_whole = False
+            text = content[:left].decode("utf-8", "ignore")
+        if not text:
             break
         new = list(_windows(model, text))
         pairs += new
         windows.append(len(new))
         sizes.append(len(text.encode("utf-8", "replace")))
+        if not is_whole:
+            break
     if not sum(sizes):
         raise ConfigError(f"{name} holds no text", fix="give a file with text in it: --text FILE")
     scores = loglikelihood(

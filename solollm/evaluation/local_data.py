@@ -64,7 +64,7 @@ def read_mmlu(path: Path, splits: Sequence[str] = ("dev", "test")) -> dict[str, 
     for file in _files(path):
         named = _SPLIT_WORD.search(file.stem)
         split = _MMLU_SPLITS[named.group(1)] if named else _MMLU_SPLITS.get(file.parent.name)
-        if split in splits:
+        if split is not None and split in splits:
             subject = _SPLIT_WORD.split(file.stem)[0]
             found.setdefault(split, []).extend(_questions(file, subject or file.parent.name))
     missing = [split for split in splits if not found.get(split)]

@@ -13,10 +13,10 @@ from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from solollm import __version__, durable
-from solollm.backend import Backend, EngineOptions
+from solollm.backend import Backend, ComputeDType, EngineOptions
 from solollm.completion import TextModel, find_checkpoint, open_model
 from solollm.errors import ConfigError
 from solollm.evaluation.harness import Benchmark, HarnessOptions, HarnessResult, run_benchmarks
@@ -28,6 +28,7 @@ from solollm.evaluation.held_out_text import (
     run_corpus,
     score_text,
 )
+from solollm.evaluation.latency import Latency, measure_latency
 from solollm.hardware import read_machine
 from solollm.manifest import MANIFEST
 from solollm.registry import select_backend
@@ -43,14 +44,17 @@ Tell = Callable[[str, int, int], None]
 @dataclass(frozen=True)
 class EvalOptions:
     """What to measure. Without any of `texts`, `benchmarks` and `latency`: bits per byte on the
-    held-out part of the run's corpus."""
+    held-out part of the run's corpus. `dtype` "auto": float32 on a processor, else what the
+    backend prefers."""
 
     texts: tuple[Path, ...] = ()
     max_bytes: int = DEFAULT_BYTES
     benchmarks: tuple[Benchmark, ...] = ()
     harness: HarnessOptions = field(default_factory=HarnessOptions)
+    latency: bool = False
     backend: str = "auto"
     batch_size: int = 8
+    dtype: ComputeDType | Literal["auto"] = "auto"
 
 
 @dataclass(frozen=True)
@@ -62,6 +66,7 @@ class Evaluation:
     parameters: int
     texts: tuple[TextScore, ...]
     benchmarks: HarnessResult | None
+    latency: Latency | None
     document: Mapping[str, Any]
     notes: tuple[str, ...] = ()
     samples: Mapping[str, Sequence[Mapping[str, Any]]] = field(default_factory=dict)
@@ -84,9 +89,11 @@ def evaluate(
     checkpoint, _ = find_checkpoint(path)
     texts = _texts(path, checkpoint, options)
     backend = select_backend(options.backend).backend
+    dtype = _dtype(backend, options)
     model = open_model(
-        path, backend=backend.name, options=EngineOptions(max_batch_size=options.batch_size)
-    )
+        path, backend=backend.name,
+        options=EngineOptions(max_batch_size=options.batch_size, compute_dtype=dtype),
+    )  # fmt: skip
     scored = tuple(
         score_text(model, documents(), name=name, max_bytes=options.max_bytes, tell=tell)
         for name, documents in texts
@@ -94,19 +101,35 @@ def evaluate(
     harness = None
     if options.benchmarks:
         harness = run_benchmarks(model, options.benchmarks, options.harness, tell=tell)
+    latency = None
+    if options.latency:
+        new = min(64, model.max_seq_len // 4)
+        prompt = min(256, model.max_seq_len // 2)
+        latency = measure_latency(
+            model, backend, prompt_tokens=prompt, new_tokens=new, seed=options.harness.seed,
+            tell=tell,
+        )  # fmt: skip
     described = describe_model(model)
     document = {
         "format": FORMAT, "version": VERSION,
         "time": datetime.now(UTC).isoformat(timespec="seconds"), "solollm": __version__,
         "model": described, "backend": _describe_backend(backend),
-        "machine": asdict(read_machine()), "batch_size": options.batch_size,
+        "machine": asdict(read_machine()), "batch_size": options.batch_size, "dtype": dtype,
         "texts": [asdict(score) for score in scored],
         "benchmarks": _describe_harness(harness, options.harness),
+        "latency": asdict(latency) if latency else None,
     }  # fmt: skip
     return Evaluation(
-        checkpoint, described["parameters"], scored, harness, document, model.notes,
-        harness.samples if harness else {},
+        checkpoint, described["parameters"], scored, harness, latency, document,
+        model.notes, harness.samples if harness else {},
     )  # fmt: skip
+
+
+def _dtype(backend: Backend, options: EvalOptions) -> ComputeDType:
+    if options.dtype != "auto":
+        return options.dtype
+    capabilities = backend.capabilities()
+    return "float32" if capabilities.device == "cpu" else capabilities.preferred_dtype
 
 
 def save_evaluation(evaluation: Evaluation) -> Path:
@@ -132,6 +155,8 @@ def headline(document: Mapping[str, Any]) -> dict[str, str]:
         if wanted.get(score["benchmark"]) == (score["metric"], score["num_shots"]):
             part = "" if score["is_whole"] else f" ({score['num_items']} items)"
             found[score["benchmark"]] = f"{100 * score['value']:.1f}{part}"
+    if found and document.get("latency"):
+        found["ms_per_token"] = f"{document['latency']['speeds'][0]['decode_ms_per_token']:.1f}"
     return found
 
 
@@ -178,7 +203,7 @@ def _texts(
         if not text.exists():
             raise ConfigError(f"{text} does not exist", fix="give a file or folder: --text FILE")
         texts.append((text.name, partial(file_documents, text)))
-    if texts or options.benchmarks:
+    if texts or options.benchmarks or options.latency:
         return texts
     run = next((p for p in (path, checkpoint.parent.parent) if (p / "run.toml").is_file()), None)
     corpus = run_corpus(Run.open(run).config) if run else None
