@@ -97,9 +97,9 @@ class EngineLM(TemplateLM):  # type: ignore[misc]  # lm-eval is optional, and un
         answers = loglikelihood(
             self._model.engine, pairs, tell=lambda done, total: self._tell("scoring", done, total)
         )
-        for (texts, _, _), answer in zip(requests, answers, strict=True):
-            if texts is not None:
-                self.cache_hook.add_partial("loglikelihood", texts, answer)
+        for request, answer in zip(requests, answers, strict=True):
+            if request[0] is not None:  # a window of a rolling score has no text of its own
+                self.cache_hook.add_partial("loglikelihood", request[0], answer)
         return answers
 
     def loglikelihood_rolling(self, requests: Sequence[Any], **_: Any) -> list[float]:

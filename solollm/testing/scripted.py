@@ -8,7 +8,15 @@ from collections.abc import Callable, Sequence
 import numpy as np
 
 from solollm.architecture import ModelConfig
-from solollm.backend import Decoder, Engine, EngineOptions, PromptScores, Request, TokenEvent
+from solollm.backend import (
+    Decoder,
+    Engine,
+    EngineOptions,
+    FinishReason,
+    PromptScores,
+    Request,
+    TokenEvent,
+)
 from solollm.engine_input import checked_prompt, complete_options
 
 Score = Callable[[Sequence[int]], float]
@@ -57,8 +65,9 @@ class ScriptedDecoder(Decoder):
         events, self._ended = self._ended, []
         for request_id, (request, rest) in list(self._running.items()):
             token = rest.pop(0)
-            stopped = token in request.stop_ids
-            reason = "stop" if stopped else "length" if not rest else None
+            reason: FinishReason | None = None if rest else "length"
+            if token in request.stop_ids:
+                reason = "stop"
             events.append(TokenEvent(request_id, token, 0.0, reason))
             if reason:
                 del self._running[request_id]
