@@ -3,7 +3,7 @@
 PyTorch's eager operations make one pass over memory each; on a processor a training step spends a
 fifth of its time in them and in attention. Each function here is one pass, float32 on the CPU. Who
 may use them is decided by `load`: only where a C compiler is found, and `ops`, `attention` and
-`loss` fall back to PyTorch's own operations otherwise.
+`loss` fall back to PyTorch's own operations otherwise. Sharded sessions do not use them.
 
 The compiled file lies in the user's cache folder under a name made of the source, the compiler and
 the processor, so that equal names give equal bits.

@@ -58,7 +58,10 @@ VARIANTS = {
 
 def session_of(variant: Variant) -> TrainSession:
     table = OptimizerTable.model_validate({"momentum_warmup_steps": 4, **variant.optimizer})
-    options = SessionOptions(table, backend_options={"threads": 1, **variant.options})
+    # Sharded sessions have no compiled loops: the one process must not have them either.
+    options = SessionOptions(
+        table, backend_options={"threads": 1, "kernels": False, **variant.options}
+    )
     plan = Plan(2, variant.checkpointing, "float32", 24, 5)
     session = TorchBackend().train_session(variant.model, options, plan)
     session.import_parameters(DictSource(lively_parameters(variant.model)))
