@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 from solollm import durable
 from solollm.architecture import ModelConfig
 from solollm.backend import Snapshot
-from solollm.checkpoint import TrainerState, prune, save_checkpoint
+from solollm.checkpoint import TrainerState, prune, save_checkpoint, step_name
 from solollm.frozen_base import TrainedAdapter
 from solollm.tensorheader import spec_bytes
 
@@ -103,3 +103,17 @@ class CheckpointWriter:
             snapshot.close()
         undeleted = prune(self._folder, keep_latest=self._keep_latest, keep_steps=keep)
         return SavedCheckpoint(path, state.step, time.monotonic() - started, undeleted)
+
+
+class CheckpointAttendant(CheckpointWriter):
+    """The writer's place on ranks other than 0: gives rank 0 what it writes, and writes nothing."""
+
+    def require_room(self, snapshot: Snapshot) -> None:
+        snapshot.attend()
+
+    def submit(self, snapshot: Snapshot, state: TrainerState, keep: Collection[int]) -> None:
+        snapshot.attend()
+        snapshot.close()
+        saved = SavedCheckpoint(self._folder / step_name(state.step), state.step, 0.0, [])
+        self._under_way = Future()
+        self._under_way.set_result(saved)

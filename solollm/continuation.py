@@ -71,11 +71,14 @@ def look_ahead(session: TrainSession, stream: StepStream, step: int) -> Continua
     )
 
 
-def promise(checkpoint: Path, session: TrainSession, stream: StepStream, step: int) -> str:
+def promise(checkpoint: Path | None, session: TrainSession, stream: StepStream, step: int) -> str:
     """Say in the certificate of a finished checkpoint what comes next. Returns the problem where
-    that cannot be done, and leaves the checkpoint as it is: it can be resumed all the same."""
+    that cannot be done, and leaves the checkpoint as it is: it can be resumed all the same.
+    None: another rank writes it, with this one's help."""
     try:
-        add_continuation(checkpoint, look_ahead(session, stream, step))
+        found = look_ahead(session, stream, step)
+        if checkpoint is not None:
+            add_continuation(checkpoint, found)
     except SoloLLMError as error:
         return str(error)
     return ""

@@ -7,14 +7,16 @@ anywhere else micro-batch, precision and memory are planned anew for the same gl
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import closing, suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from pydantic import ValidationError
 
 from solollm.backend import Backend, Plan, TrainSession
-from solollm.checkpoint import Checkpoint, Environment
+from solollm.checkpoint import Checkpoint, Environment, list_checkpoints, open_checkpoint
 from solollm.config import RunConfig
+from solollm.errors import IntegrityError
 from solollm.hardware import read_machine
 from solollm.horizon import updated
 from solollm.runs import Run
@@ -34,6 +36,14 @@ class Recorded(NamedTuple):
         noted = parts[-1]["environment"] if parts else {}
         cpu = noted.get("cpu", "") if isinstance(noted, Mapping) else ""
         return cls(checkpoint.state.environment, str(cpu))
+
+    @classmethod
+    def newest(cls, run: Run) -> Recorded | None:
+        """Of the newest checkpoint that opens, its tensors unread; None where there is none."""
+        for _, path in reversed(list_checkpoints(run.checkpoints)):
+            with suppress(IntegrityError), closing(open_checkpoint(path, "sizes")) as checkpoint:
+                return cls.of(run, checkpoint)
+        return None
 
     @classmethod
     def parse(cls, entry: Mapping[str, Any], path: Path) -> Recorded:

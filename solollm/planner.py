@@ -18,6 +18,7 @@ from solollm.backend import (
     ComputeDType,
     MemoryCosts,
     Plan,
+    Ranks,
     SessionOptions,
     Way,
 )
@@ -108,7 +109,7 @@ def plan(
         PlanError: nothing fits; the message holds the byte table and the cheapest change that does.
     """
     capabilities = backend.capabilities()
-    room = room_here(capabilities.device, machine or read_machine())
+    room = room_of_all(room_here(capabilities.device, machine or read_machine()), backend.ranks())
     dtype = compute_dtype(config, capabilities)
     question = ask(
         model, options, config, backend,
@@ -164,6 +165,14 @@ def room_here(device: str, machine: Machine) -> Room:
     has_own = any(gpu.vendor == "nvidia" for gpu in machine.gpus)
     host = int(machine.available_bytes * _USABLE_SHARE["cpu"]) if has_own else 0
     return Room(limit, host, is_cpu=False)
+
+
+def room_of_all(room: Room, ranks: Ranks) -> Room:
+    """What each of several ranks may use: the least that one of them has. Those of one machine
+    share its memory, but have a card each."""
+    shared, own = ranks.local_world_size, 1 if not room.is_cpu else ranks.local_world_size
+    least = ranks.largest(-(room.device_bytes // own), -(room.host_bytes // shared))
+    return replace(room, device_bytes=int(-least[0]), host_bytes=int(-least[1]))
 
 
 def memory_limit_bytes(device: str, machine: Machine) -> int:

@@ -8,14 +8,14 @@ weights to start from are vetted in `solollm.starting_weights`.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import closing, nullcontext
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import closing, contextmanager, nullcontext
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from solollm.backend import Backend, Batch, Plan, TrainSession
-from solollm.checkpoint import Checkpoint, Environment, latest_checkpoint
+from solollm.checkpoint import Checkpoint, Environment
 from solollm.config import RunConfig
 from solollm.continuation import compare, look_ahead, require_continuation, tolerance_between
 from solollm.data.shards import read_index
@@ -40,6 +40,7 @@ from solollm.horizon import (
 )
 from solollm.host import this_host
 from solollm.planning import expect
+from solollm.ranks import Follower, latest_for_all, locked, on_first, together
 from solollm.reality import measure
 from solollm.registry import Selected, find_backends, select_backend
 from solollm.report.html import write_report
@@ -106,9 +107,10 @@ def pretrain(
         Stopped, StorageError, SoloLLMError: as `Trainer.fit`.
     """
     prepared = prepare(config, backend=backend)
-    sinks = [*sinks, *open_sinks(config.log.sinks, run)]
-    created = Run.create(run, with_paths_from(prepared.config, run))
-    with created.lock(), noting_faults(created):
+    ranks, resolved = prepared.backend.ranks(), with_paths_from(prepared.config, run)
+    sinks = [*sinks, *open_sinks(config.log.sinks, run)] if ranks.rank == 0 else []
+    created = on_first(ranks, lambda: Run.create(run, resolved)) or Follower(run, resolved)
+    with locked(created, ranks), noting_faults(created):
         return _train(created, prepared, None, sinks=sinks, host=host)
 
 
@@ -133,29 +135,27 @@ def resume(
         ConfigError, BackendError, PlanError, and as `Trainer.fit`.
     """
     opened = Run.open(run)
-    with opened.lock(), noting_faults(opened):
-        checkpoint, damaged = latest_checkpoint(opened.checkpoints)
-        if checkpoint is None and damaged:
-            raise IntegrityError(
-                f"no checkpoint of {run} is intact",
-                why="; ".join(damaged),
-                fix="restore one from a backup, or start a new run",
-            )
+    selected = _select(backend, opened.config, Recorded.newest(opened))
+    ranks = selected.backend.ranks()
+    if ranks.rank > 0:
+        opened, sinks = Follower(run, opened.config), []
+    with locked(opened, ranks), noting_faults(opened):
+        checkpoint, damaged = latest_for_all(opened, ranks)
         config = with_paths_to(opened.config, run)
         if corpus is not None:
             config = updated(config, "data", corpus=str(corpus))
         if checkpoint is not None and checkpoint.step >= (config.train.steps or 0):
-            return TrainResult.read(opened, checkpoint)
+            return replace(TrainResult.read(opened, checkpoint), rank=ranks.rank)
         recorded = Recorded.of(opened, checkpoint) if checkpoint else None
-        prepared = prepare(config, backend=backend, recorded=recorded, memory=memory)
-        sinks = [*sinks, *open_sinks(config.log.sinks, run)]
+        prepared = prepare(config, backend=selected, recorded=recorded, memory=memory)
+        sinks = [*sinks, *open_sinks(config.log.sinks, run)] if opened.writes else []
         notes = [{"kind": "checkpoint_damaged", "reason": problem} for problem in damaged]
         start = Start(checkpoint, recorded) if checkpoint and recorded else None
         return _train(opened, prepared, start, sinks=sinks, notes=notes, host=host)
 
 
 def prepare(
-    config: RunConfig, *, backend: str = "auto", recorded: Recorded | None = None,
+    config: RunConfig, *, backend: str | Selected = "auto", recorded: Recorded | None = None,
     memory: Mapping[str, int | bool] | None = None,
 ) -> Preparation:  # fmt: skip
     """Choose the backend, fill in what the config leaves open, and plan; writes nothing.
@@ -170,7 +170,9 @@ def prepare(
             fix="give --corpus FOLDER; `solollm data build` makes one",
         )
     tokenizer = _tokenizer_of(Path(config.data.corpus), config)
-    selected = _select(backend, config, recorded)
+    selected = backend
+    if not isinstance(selected, Selected):
+        selected = _select(selected, config, recorded)
     chosen = selected.backend
     if recorded is not None:
         config = for_here(config, recorded, chosen)
@@ -237,14 +239,13 @@ def _train(
             adapter=adapter,
             generation=answer_settings(prepared.tokenizer) if config.finetune else None,
             is_chat=config.finetune is not None,
+            ranks=prepared.backend.ranks(),
         )
-        try:
-            with host.keep_awake() if config.machine.keep_awake else nullcontext(True) as agreed:
-                if not agreed:
-                    run.append_event("keep_awake", held=False)
-                return Trainer(work, run, progress=progress, sinks=sinks).fit()
-        finally:
-            _report(run)
+        awake = host.keep_awake() if config.machine.keep_awake else nullcontext(True)
+        with together(run, work.ranks), _reported(run), awake as agreed:
+            if not agreed:
+                run.append_event("keep_awake", held=False)
+            return Trainer(work, run, progress=progress, sinks=sinks).fit()
 
 
 def open_session(
@@ -307,14 +308,19 @@ def _go_on(
     return [*rows, {"kind": "continuation_proven", **fields}]
 
 
-def _report(run: Run) -> None:
-    """Lay the plan beside what became of it, and write `report.html`, however the run has ended; a
-    page that fails hides no other error."""
+@contextmanager
+def _reported(run: Run) -> Iterator[None]:
+    """Lay the plan beside what became of it, and write `report.html`, however the run ends; a page
+    that fails hides no other error."""
     try:
-        run.write_plan({**run.read_plan(), "measured": measure(run.read_metrics())})
-        write_report(run)
-    except SoloLLMError as error:
-        run.append_event("report_failed", reason=str(error))
+        yield
+    finally:
+        try:
+            if run.writes:
+                run.write_plan({**run.read_plan(), "measured": measure(run.read_metrics())})
+                write_report(run)
+        except SoloLLMError as error:
+            run.append_event("report_failed", reason=str(error))
 
 
 def _tokenizer_of(corpus: Path, config: RunConfig) -> Tokenizer:

@@ -30,13 +30,17 @@ from solollm.runlock import lock_file, read_holder
 from solollm.strictfile import encode_json, parse_json, read_bytes, refused
 
 Row = dict[str, Any]
-RunState = Literal["new", "running", "stopped", "finished", "unreadable"]
+RunState = Literal["new", "running", "stopped", "failed", "finished", "unreadable"]
 _CONFIG = "run.toml"
 _TAIL_BYTES = 1 << 18
+_ENDINGS = ("failed", "stopped")
+_GOING_ON = ("resumed", "checkpoint_saved", "restarted")  # after an ending: it is no longer one
 
 
 class Run:
     """An existing run directory. Methods that write are for the holder of `lock()`."""
+
+    writes = True  # or it is another process's to write (`solollm.ranks`)
 
     def __init__(self, path: Path, config: RunConfig) -> None:
         self.path = path
@@ -111,6 +115,12 @@ class Run:
     def read_events(self) -> list[Row]:
         """Every whole event, oldest first."""
         return _read_rows(self.path / "events.jsonl")[0]
+
+    def last_ending(self) -> str:
+        """How the run ended last, by its events: failed, stopped, or "" where it goes on."""
+        rows = _read_rows(self.path / "events.jsonl", _TAIL_BYTES)[0]
+        kinds = [row.get("kind") for row in rows if row.get("kind") in (*_ENDINGS, *_GOING_ON)]
+        return str(kinds[-1]) if kinds and kinds[-1] in _ENDINGS else ""
 
     def write_plan(self, plan: Mapping[str, Any]) -> None:
         """Store what the planner decided."""
@@ -197,6 +207,8 @@ def summarize(path: Path) -> RunSummary:
         state = "running"
     elif total is not None and step >= total:
         state = "finished"
+    elif run.last_ending() == "failed":
+        state = "failed"
     return RunSummary(path.name, path, step, total, loss, state)
 
 

@@ -18,7 +18,7 @@ from typing import Any
 
 from solollm.backend import PendingMetrics, StepMetrics
 from solollm.checkpoint import DataPosition, TrainerState
-from solollm.checkpoint_writer import CheckpointWriter
+from solollm.checkpoint_writer import CheckpointAttendant, CheckpointWriter
 from solollm.continuation import dry_run, promise
 from solollm.data.stream import Prefetch
 from solollm.errors import SoloLLMError, Stopped, StoppedBySignal
@@ -27,24 +27,18 @@ from solollm.run_log import RunLog, Sink, finite
 from solollm.runs import Run
 from solollm.schedule import lr_at
 from solollm.signals import StopRequest
-from solollm.watch import StopCause
+from solollm.watch import STOP_FIXES, StopCause
 from solollm.workload import Progress, TrainResult, Workload
 
 __all__ = ["Trainer"]
 
 MAX_CONSECUTIVE_SKIPS = 10
-STOP_FIXES: Mapping[StopCause, str] = {
-    "memory_pressure": "close other programs or give a smaller --micro-batch-size",
-    "battery": "plug the machine in",
-    "low_power": "turn low-power mode off",
-}
 
 
 @dataclass
 class _Interval:
     """What has happened since the last train row. Tokens count when their step is launched: a
-    session that computes inside `train_step` has then done them, any other is one step behind at
-    either end."""
+    session that computes inside `train_step` has then done them, any other is one step behind."""
 
     begun: float
     tokens: int = 0
@@ -85,7 +79,7 @@ class Trainer:
         self._start_step = self._progress.step
         self._log = RunLog(run, sinks)
         self._clock = clock
-        self._writer = CheckpointWriter(
+        self._writer = (CheckpointWriter if run.writes else CheckpointAttendant)(
             run.checkpoints,
             work.contents(),
             keep_latest=run.config.checkpoint.keep_latest,
@@ -120,20 +114,19 @@ class Trainer:
                         self._evaluate()
                     if self._samples_due():
                         self._write_samples()
-                    if self._save_due():
+                    if self._work.ranks.largest(self._save_due())[0]:
                         self._save(rank=True)
                     self._note_finished_save()
-                    if cause := self._heed_the_machine():
-                        status = "stopped"
-                        self._stop_for(cause)
-                    if stop.signal_number is not None and self._progress.step < self._total_steps:
-                        status = "stopped"
-                        self._stop(stop.signal_number)
+                    if self._progress.step < self._total_steps:
+                        self._stop_if_asked(stop)
                 self._note_finished_save(wait=True)
                 status = "finished"
-            return self._result()
+        except Stopped:
+            status = "stopped"
+            raise
         finally:
             self._log.finish({"status": status, **self._summary()})
+        return self._result()
 
     def _start(self, batches: Prefetch) -> None:
         """Tell the sinks; then one step that changes nothing, so that running out of memory, a
@@ -279,6 +272,8 @@ class Trainer:
             best = self._progress.best_step
             keep = () if best is None else (best,)
             self._writer.submit(snapshot, self._state(snapshot.session_state), keep)
+            if snapshot.is_live:
+                self._note_finished_save(wait=True)
         self._saved_step, self._last_save = self._progress.step, self._clock()
 
     def _rank(self) -> None:
@@ -303,7 +298,7 @@ class Trainer:
     def _heed_the_machine(self) -> StopCause | None:
         """Do what its watch asks for: write down, let caches go, pause. Gives a cause to stop."""
         watch = self._work.watch
-        if watch is None or self._progress.step == self._total_steps:
+        if watch is None:
             return None
         heed = watch.after_step()
         for row in heed.events:
@@ -312,9 +307,17 @@ class Trainer:
             self._session.release_cache()
         if heed.pause_seconds:
             watch.pause(heed.pause_seconds)
-        if self._session.world_size > 1:
-            return None  # one rank that stops alone leaves the others waiting for it
         return heed.stop or None
+
+    def _stop_if_asked(self, stop: StopRequest) -> None:
+        """Stop where a signal or the machine asks for it: all ranks, if one of them is asked."""
+        causes, cause = tuple(STOP_FIXES), self._heed_the_machine()
+        place = causes.index(cause) if cause else -1
+        asked = self._work.ranks.largest(place, stop.signal_number or 0)
+        if asked[0] >= 0:
+            self._stop_for(causes[int(asked[0])])
+        if asked[1]:
+            self._stop(int(asked[1]))
 
     def _stop_for(self, cause: StopCause) -> None:
         self._save_for_a_stop()
@@ -343,7 +346,8 @@ class Trainer:
         self._note_finished_save(wait=True)
         assert self._checkpoint is not None, "a stop has saved"
         work, step = self._work, self._progress.step
-        if problem := promise(self._checkpoint, work.session, work.stream, step):
+        path = self._checkpoint if self._run.writes else None
+        if problem := promise(path, work.session, work.stream, step):
             self._log.event("continuation_missing", reason=problem)
 
     def _state(self, session_state: Mapping[str, int | float]) -> TrainerState:
@@ -365,7 +369,8 @@ class Trainer:
 
     def _result(self) -> TrainResult:
         assert self._checkpoint is not None, "the last step is always saved"
-        return TrainResult(run=self._run.path, checkpoint=self._checkpoint, **self._summary())
+        ranks, path = self._work.ranks, self._run.path
+        return TrainResult(path, self._checkpoint, rank=ranks.rank, **self._summary())
 
     def _summary(self) -> dict[str, Any]:
         measured = self._held_out

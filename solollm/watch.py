@@ -8,7 +8,7 @@ a hot machine's time a share is left unused, which shrinks and grows with its he
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Literal, NamedTuple
 
 from solollm.config import MachineTable
@@ -16,6 +16,11 @@ from solollm.run_log import Row
 from solollm.vitals import Host, Vitals
 
 StopCause = Literal["memory_pressure", "battery", "low_power"]
+STOP_FIXES: Mapping[StopCause, str] = {
+    "memory_pressure": "close other programs or give a smaller --micro-batch-size",
+    "battery": "plug the machine in",
+    "low_power": "turn low-power mode off",
+}
 _COOLING = 0.7  # of the time in use, per look at a hot machine; given back as slowly
 _LEAST_DUTY = 0.25
 _LONGEST_PAUSE_SECONDS = 10.0  # so that a signal is not kept waiting

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from solollm.architecture import ModelConfig
-from solollm.backend import TrainSession
+from solollm.backend import Ranks, TrainSession
 from solollm.checkpoint import Checkpoint, Environment
 from solollm.checkpoint_writer import CheckpointContents
 from solollm.data.stream import EpochStream, StepStream
@@ -69,6 +69,7 @@ class Workload:
     generation: Mapping[str, Any] | None = None
     is_chat: bool = False
     watch: Watch | None = None
+    ranks: Ranks = field(default_factory=Ranks)
 
     def contents(self) -> CheckpointContents:
         """What every checkpoint holds besides tensors and state."""
@@ -80,7 +81,8 @@ class Workload:
 
 @dataclass(frozen=True)
 class TrainResult:
-    """How a run ended. Losses in nats per token; None where nothing was measured."""
+    """How a run ended. Losses in nats per token; None where nothing was measured. `rank`: which of
+    the run's processes says so; 0 speaks for all."""
 
     run: Path
     checkpoint: Path
@@ -92,6 +94,7 @@ class TrainResult:
     bits_per_byte: float | None
     best_step: int | None
     elapsed_seconds: float
+    rank: int = 0
 
     @classmethod
     def read(cls, run: Run, checkpoint: Checkpoint) -> TrainResult:

@@ -30,7 +30,7 @@ LAYERS = (
     " tokenizer_inspection watch faults dtype_choice",
     "evaluation report held_out continuation completion dialogue",
     "workload trainer",
-    "pretraining finetune planning environments horizon starting_weights run_streams",
+    "ranks pretraining finetune planning environments horizon starting_weights run_streams",
     "export importing serving cargo packing far_side pushing testing resume_proof migration_proof"
     " supervisor story quickstart_move quickstart doctor benchmark text_benchmark",
     "commands",

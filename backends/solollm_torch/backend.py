@@ -38,6 +38,10 @@ CUDA_WAYS = (
     Way("split weights", SPLIT, None, "gradients in bfloat16; the weights stay exact"),
     Way("split weights, 8-bit moments", SPLIT, 8, "gradients in bfloat16, moments in 8 bits"),
 )
+SHARDED_WAYS = (
+    Way("shared out"),
+    Way("shared out, in host memory", {"offload": "fsdp"}, None, "copies beside the computation"),
+)
 CUDA_PRIORITY, CPU_PRIORITY = 90, 10
 TESTED = ((2, 11), (2, 14))  # from here, to below here
 # Linux's driver says so in /proc; WSL2 has no such entry but a device of its own.
@@ -87,13 +91,25 @@ class TorchBackend(Backend):
     ) -> MemoryCosts:
         import torch
 
-        from solollm_torch.memory import memory_costs
+        from solollm_torch.memory import memory_costs, sharded_costs
+        from solollm_torch.ranks import launched
 
         place = torch.device(device) if device else _device()
-        return memory_costs(model, options, compute_dtype, place)
+        costs = memory_costs(model, options, compute_dtype, place)
+        offload = options.backend_options.get("offload") == "fsdp"
+        if device or not (launched() or offload):
+            return costs
+        return sharded_costs(
+            costs, model, compute_dtype, world_size=self.ranks().world_size,
+            on_host=offload and place.type == "cuda",
+        )  # fmt: skip
 
     def ways(self, device: str = "") -> Sequence[Way]:
-        return CUDA_WAYS if (device or _device().type).startswith("cuda") else (Way("resident"),)
+        from solollm_torch.ranks import launched
+
+        if not (device or _device().type).startswith("cuda"):
+            return (Way("resident"),)
+        return SHARDED_WAYS if launched() and not device else CUDA_WAYS
 
     def train_session(
         self, model: ModelConfig, options: SessionOptions, plan: Plan

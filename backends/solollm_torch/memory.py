@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import torch
 
@@ -46,6 +47,33 @@ def memory_costs(
         per_token_checkpointed_bytes=model.num_hidden_layers * residual + kept + passing + ends,
         loss_chunk_bytes=max(chunk_bytes, head_bytes),
         state_bytes=state,
+    )
+
+
+def sharded_costs(
+    costs: MemoryCosts,
+    model: ModelConfig,
+    compute_dtype: ComputeDType,
+    *,
+    world_size: int,
+    on_host: bool,
+) -> MemoryCosts:
+    """The costs of a resident session turned into those of one rank under FSDP2: its share of the
+    state, in the host's memory beside a card if `on_host`, and what is put together at once."""
+    item = 4 if compute_dtype == "float32" else 2
+    block = sum(
+        math.prod(spec.shape) for spec in parameter_table(model) if ".layers.0." in spec.name
+    )
+    root = model.num_parameters() - model.num_hidden_layers * block
+    # The root's and two blocks' weights; their gradients, once more to be reduced, and the head's.
+    together = (item + item + 4) * (root + 2 * block) + 4 * model.vocab_size * model.hidden_size
+    share = {name: size // world_size for name, size in costs.state_bytes.items()}
+    own = {} if on_host else share
+    return replace(
+        costs,
+        per_parameter_bytes=sum(share.values()) / model.num_parameters(),
+        state_bytes={**own, "put together": together},
+        host_bytes=share if on_host else {},
     )
 
 

@@ -81,7 +81,7 @@ def command(
         )  # fmt: skip
         return
     result = pretrain(config, run, backend=backend, sinks=[sink_for(as_json=as_json)])
-    if not as_json:
+    if not as_json and result.rank == 0:
         show_result(result)
 
 

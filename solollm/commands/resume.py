@@ -56,6 +56,8 @@ def command(
     result = resume(
         run, backend=backend, sinks=[sink_for(as_json=as_json)], corpus=corpus, memory=memory
     )
+    if result.rank > 0:
+        return
     is_over = result.start_step == result.step
     if as_json and is_over:
         print_json({"kind": "finish", "status": "finished", "step": result.step})

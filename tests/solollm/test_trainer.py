@@ -6,6 +6,7 @@ import errno
 import json
 import math
 import os
+import shutil
 import signal
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
@@ -25,6 +26,7 @@ from solollm.backend import (
     HostTensor,
     MemoryStats,
     PendingMetrics,
+    Ranks,
     Snapshot,
     StepMetrics,
     TensorSource,
@@ -34,6 +36,7 @@ from solollm.checkpoint import Environment, latest_checkpoint, open_checkpoint
 from solollm.config import RunConfig, parse_config
 from solollm.data.stream import batch_digest, open_stream
 from solollm.errors import BackendError, SoloLLMError, Stopped, StoppedBySignal, StorageError
+from solollm.ranks import Follower
 from solollm.run_log import Row
 from solollm.runs import Run
 from solollm.testing.hosts import ScriptedHost
@@ -434,12 +437,70 @@ def test_a_hot_machine_gets_pauses_and_the_same_training(watched, bench) -> None
     assert made.events("heat")[0]["step"] == 1
 
 
-def test_one_of_several_ranks_does_not_stop_alone(watched) -> None:
-    """Guards against a rank that ends for its machine while the others wait for its gradients."""
-    made = watched(Vitals("critical"))
-    made.session.world_size = 2
-    assert made.fit().step == 6
-    assert made.events("memory_pressure")
+class AskedElsewhere(Ranks):
+    """The first of two ranks; the other one's values win from some call on."""
+
+    def __init__(self, *values: float, calls: int) -> None:
+        self.world_size, self.values, self.calls = 2, values, calls
+
+    def largest(self, *values: float) -> tuple[float, ...]:
+        if len(values) != len(self.values):
+            return values
+        self.calls -= 1
+        return tuple(map(max, values, self.values)) if self.calls < 0 else values
+
+
+def test_a_signal_or_a_machine_of_another_rank_stops_this_one_too(bench) -> None:
+    """Guards against a rank that ends alone while the others wait for its gradients."""
+    for asked, error in (((-1, signal.SIGTERM), StoppedBySignal), ((0, 0), Stopped)):
+        made = bench(steps=6)
+        made.work = replace(made.work, ranks=AskedElsewhere(*asked, calls=2))
+        with pytest.raises(error, match="after step 3 of 6"):
+            made.fit()
+        assert made.saved_steps() == [3]
+        shutil.rmtree(made.run.path)
+
+
+def test_a_save_that_is_due_elsewhere_is_due_here(bench) -> None:
+    """Guards against clocks of two machines that disagree on when fifteen minutes have passed."""
+    made = bench(steps=4)
+    made.work = replace(made.work, ranks=AskedElsewhere(1, calls=2))
+    made.fit()
+    assert made.saved_steps() == [3, 4]
+
+
+def test_a_rank_that_follows_attends_and_writes_nothing(bench) -> None:
+    """Guards against two writers of one run, and a leader that waits for rows of its snapshot."""
+    made = bench(steps=3, checkpoint={"every_steps": 2})
+    attended: list[int] = []
+
+    class Attending(CopiedSnapshot):
+        def attend(self) -> None:
+            attended.append(made.session.updates)
+
+    made.session.snapshot = lambda: Attending(made.session)
+    before = sorted(made.run.path.rglob("*"))
+    result = Trainer(made.work, Follower(made.run.path, made.run.config)).fit()
+    assert attended == [0, 2, 3]
+    assert result.checkpoint.name == "step-00000003"
+    assert sorted(made.run.path.rglob("*")) == before
+
+
+def test_training_waits_for_a_live_snapshot(bench) -> None:
+    """Guards against a step that changes what is being written."""
+    made = bench(steps=4, checkpoint={"every_steps": 2})
+    events: list[str] = []
+
+    class Live(CopiedSnapshot):
+        is_live = True
+
+        def close(self) -> None:
+            events.append(f"closed after {made.session.launched}")
+
+    made.session.snapshot = lambda: Live(made.session)
+    made.session.on_step = lambda step: events.append(f"step {step}")
+    made.fit()
+    assert events.index("closed after 2") < events.index("step 3")
 
 
 def test_the_last_step_is_not_stopped_for(watched) -> None:
