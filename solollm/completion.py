@@ -9,7 +9,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from solollm.backend import Engine, EngineOptions, Request, SamplingParams, TokenEvent
+from solollm.backend import Backend, Engine, EngineOptions, Request, SamplingParams, TokenEvent
+from solollm.bases import find_base, is_adapter
 from solollm.checkpoint import latest_checkpoint
 from solollm.errors import ConfigError
 from solollm.generation import Completion, completion, stream
@@ -19,6 +20,7 @@ from solollm.tokenizer import Tokenizer
 
 DEFAULT_SAMPLING = SamplingParams(temperature=0.8, top_p=0.95)
 DEFAULT_NEW_TOKENS = 256
+TUNED = "tuned"  # an adapter run's own adapter, by name
 
 
 @dataclass(frozen=True)
@@ -79,9 +81,14 @@ def read_text_side(path: Path) -> TextSide:
 
 
 def open_model(
-    path: Path, *, backend: str = "auto", options: EngineOptions | None = None
+    path: Path,
+    *,
+    backend: str = "auto",
+    options: EngineOptions | None = None,
+    base: Path | None = None,
 ) -> TextModel:
-    """The model of a run folder (its newest intact checkpoint) or of a checkpoint folder.
+    """The model of a run folder (its newest intact checkpoint) or of a checkpoint folder. `base`:
+    where an adapter's base lies, if not where its run says.
 
     Raises:
         ConfigError: no checkpoint or no tokenizer there, or a model that is not computed here.
@@ -94,7 +101,7 @@ def open_model(
         options or EngineOptions(max_batch_size=1), vocab_size=side.tokenizer.vocab_size
     )
     return TextModel(
-        engine=selected.backend.engine(side.checkpoint, options),
+        engine=open_engine(selected.backend, side.checkpoint, options, base=base),
         tokenizer=side.tokenizer,
         checkpoint=side.checkpoint,
         is_chat=side.is_chat,
@@ -103,9 +110,26 @@ def open_model(
     )
 
 
+def open_engine(
+    backend: Backend, checkpoint: Path, options: EngineOptions, *, base: Path | None = None
+) -> Engine:
+    """An engine over a checkpoint; over an adapter's, its base with the adapter as the default.
+
+    Raises:
+        ConfigError, IntegrityError: as `find_base`, and from the engine.
+    """
+    if not is_adapter(checkpoint):
+        return backend.engine(checkpoint, options)
+    adapters = {**options.adapters, TUNED: checkpoint}
+    default = options.adapter or TUNED
+    return backend.engine(
+        find_base(checkpoint, base), replace(options, adapters=adapters, adapter=default)
+    )
+
+
 def find_checkpoint(path: Path) -> tuple[Path, tuple[str, ...]]:
     """(the checkpoint folder that `path` means, notes on damaged ones that were passed over)."""
-    if (path / "config.json").is_file():
+    if (path / "config.json").is_file() or is_adapter(path):
         return path, ()
     newest, skipped = latest_checkpoint(path / "checkpoints", verify="weights")
     if newest is None:

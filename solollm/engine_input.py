@@ -63,11 +63,14 @@ def complete_options(
 
 
 def checked_prompt(request: Request, options: EngineOptions) -> np.ndarray:
-    """The request's prompt, int64 [n], if an engine without adapters can run it with these
-    completed options; raises ConfigError if not."""
+    """The request's prompt, int64 [n], if an engine with these completed options can run it;
+    raises ConfigError if not."""
     check_sampling(request.sampling)
-    if request.adapter is not None:
-        raise ConfigError(f"this engine holds no adapter {request.adapter!r}")
+    if request.adapter is not None and request.adapter not in options.adapters:
+        raise ConfigError(
+            f"this engine holds no adapter {request.adapter!r}",
+            why=nearest(request.adapter, options.adapters) or "it was opened without it",
+        )
     if request.max_new_tokens < 0:
         raise ConfigError(f"max_new_tokens {request.max_new_tokens} is negative")
     prompt = np.asarray(request.prompt_ids, np.int64)

@@ -22,10 +22,10 @@ ROOT = Path(__file__).resolve().parent.parent
 LAYERS = (
     "errors",
     "architecture adapters config dial durable strictfile confined hardware devices state_bytes"
-    " optim_codec affine_codec signals vitals macos linux_machine host",
-    "tensorheader tensorfile backend rounding sampling engine_input tokenizer_format tokenizer"
-    " fast_encoding tokenizer_training chat_template",
-    "data schedule manifest certificate frozen_base checkpoint checkpoint_writer model_folder"
+    " optim_codec affine_codec nf4_codec signals vitals macos linux_machine host",
+    "tensorheader tensorfile adapted backend rounding sampling engine_input tokenizer_format"
+    " tokenizer fast_encoding tokenizer_training chat_template",
+    "data schedule manifest certificate frozen_base bases checkpoint checkpoint_writer model_folder"
     " runlock runs run_log bundle archive planner registry forecast calibration reality generation"
     " tokenizer_inspection watch faults dtype_choice",
     "evaluation report held_out continuation completion dialogue",
@@ -44,6 +44,8 @@ BACKEND_MAY_IMPORT = frozenset(
         "config",
         "architecture",
         "adapters",
+        "adapted",
+        "nf4_codec",
         "optim_codec",
         "state_bytes",
         "errors",

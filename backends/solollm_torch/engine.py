@@ -13,10 +13,11 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from solollm.architecture import parameter_table
+from solollm.adapted import AdapterFolder, MergedSource
+from solollm.architecture import ModelConfig, parameter_table
 from solollm.backend import Engine, EngineOptions, HostTensor, TensorSource
 from solollm.engine_input import complete_options, read_model_config
-from solollm.errors import IntegrityError
+from solollm.errors import ConfigError, IntegrityError
 from solollm.tensorfile import open_weights
 from solollm_torch.decoding import TorchDecoder
 from solollm_torch.inference import InferenceModel
@@ -84,7 +85,7 @@ class TorchEngine(Engine):
         decoder = Decoder(config, device=device, dtype=dtype)
         weights = open_weights(checkpoint)
         try:
-            _fill(decoder, weights, checkpoint)
+            _fill(decoder, _adapted(weights, options, config), checkpoint)
         finally:
             weights.close()
         options = replace(options, backend_options={"pack": True, **options.backend_options})
@@ -97,6 +98,19 @@ class TorchEngine(Engine):
             prefill_tokens=self.prefill_tokens,
             prefix_slots=self.prefix_slots,
         )
+
+
+def _adapted(source: TensorSource, options: EngineOptions, model: ModelConfig) -> TensorSource:
+    """The base's tensors with the one adapter that there is merged into them."""
+    if not options.adapters:
+        return source
+    folder = options.adapters.get(options.adapter or "")
+    if len(options.adapters) > 1 or folder is None:
+        raise ConfigError(
+            f"an engine here serves one adapter, the default one, not {sorted(options.adapters)}",
+            fix="open an engine for each, or merge: solollm export CHECKPOINT --to hf --merge",
+        )
+    return MergedSource(source, AdapterFolder(folder, model), model)
 
 
 def _preferred_dtype(device: torch.device) -> torch.dtype:

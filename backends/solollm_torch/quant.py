@@ -16,8 +16,7 @@ import torch
 from torch import Tensor
 
 from solollm.errors import BackendError
-
-BLOCK_SIZE = 64
+from solollm.nf4_codec import BLOCK_SIZE, MAGNITUDE_BLOCK_SIZE, dynamic_levels
 
 
 class Nf4Matrix:
@@ -34,13 +33,22 @@ class Nf4Matrix:
     def encode(self, weight: Tensor) -> None:
         """Quantise `weight`, of any float dtype; it is widened to fp32 first, so that the codes do
         not depend on where it comes from."""
-        from bitsandbytes.functional import quantize_4bit
+        from bitsandbytes.functional import QuantState, quantize_4bit
+
+        make_state: Any = QuantState
 
         wide = weight.to(self._device, torch.float32).contiguous()
-        self._codes, self._state = quantize_4bit(
-            wide, blocksize=BLOCK_SIZE, compress_statistics=True, quant_type="nf4"
-        )
-        self._state.dtype = self._dtype
+        self._codes, state = quantize_4bit(wide, blocksize=BLOCK_SIZE, quant_type="nf4")
+        mean = (state.absmax.double().sum() / state.absmax.numel()).float()
+        magnitudes, largest = _nearest_levels(state.absmax - mean)
+        levels = _levels().to(self._device)
+        self._state = make_state(
+            absmax=magnitudes, shape=state.shape, code=state.code, blocksize=BLOCK_SIZE,
+            quant_type="nf4", dtype=self._dtype, offset=mean,
+            state2=make_state(
+                absmax=largest, code=levels, blocksize=MAGNITUDE_BLOCK_SIZE, dtype=torch.float32
+            ),
+        )  # fmt: skip
 
     def decode_into(self, out: Tensor) -> None:
         """Write the weights into `out`, [out, in], contiguous, of the dtype given at the start."""
@@ -72,6 +80,26 @@ class Nf4Matrix:
         state = self._state
         tensors = (self._codes, state.absmax, state.state2.absmax)
         return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+
+
+def _nearest_levels(values: Tensor) -> tuple[Tensor, Tensor]:
+    """uint8 [n]: the nearest of 256 levels for each of [n] values, in blocks; float32: the largest
+    of each block. The same bits on every device, which bitsandbytes' own kernels do not give."""
+    size = MAGNITUDE_BLOCK_SIZE
+    padded = values.new_zeros(-(-len(values) // size) * size)
+    padded[: len(values)] = values
+    blocks = padded.view(-1, size)
+    largest = blocks.abs().amax(dim=1)
+    levels = _levels().to(values.device)
+    borders = (levels[1:] + levels[:-1]) / 2
+    scaled = blocks / torch.where(largest > 0, largest, 1.0)[:, None]
+    codes = torch.searchsorted(borders, scaled).to(torch.uint8)
+    return codes.view(-1)[: len(values)].contiguous(), largest
+
+
+@cache
+def _levels() -> Tensor:
+    return torch.from_numpy(dynamic_levels().copy())
 
 
 @cache

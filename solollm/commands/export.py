@@ -18,6 +18,7 @@ _EPILOG = """\b
 Examples:
   solollm export runs/first --to hf --dtype bfloat16 --out exports/first
   solollm export runs/first --to mlx --bits 4 --dtype bfloat16 --out exports/first-4bit
+  solollm export runs/tuned --to hf --merge --out exports/tuned
   solollm export runs/first/checkpoints/step-00001000 --to hf --out exports/step-1000
 """
 
@@ -34,10 +35,12 @@ Examples:
     help="Of the weights; default: as they are stored.",
 )  # fmt: skip
 @click.option("--bits", type=click.Choice(["4", "8"]), help="Quantise matrices; --to mlx only.")
+@click.option("--merge", is_flag=True, help="An adapter's run: base and adapter in one.")
+@click.option("--base", type=click.Path(path_type=Path), help="Its base, if it was moved.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON document instead.")
 def command(
     *, source: Path, target: Target, out: Path, dtype: ComputeDType | None, bits: str | None,
-    as_json: bool,
+    merge: bool, base: Path | None, as_json: bool,
 ) -> None:  # fmt: skip
     """Write a model as a folder that other programs load.
 
@@ -45,7 +48,10 @@ def command(
     """
     from solollm.export import export_model
 
-    report = export_model(source, out, target=target, dtype=dtype, bits=int(bits) if bits else None)
+    report = export_model(
+        source, out, target=target, dtype=dtype, bits=int(bits) if bits else None, merge=merge,
+        base=base,
+    )  # fmt: skip
     if as_json:
         print_json(asdict(report))
     else:

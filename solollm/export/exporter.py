@@ -56,6 +56,8 @@ def export_model(
     target: Target = "hf",
     dtype: ComputeDType | None = None,
     bits: int | None = None,
+    merge: bool = False,
+    base: Path | None = None,
     shard_bytes: int = SHARD_BYTES,
 ) -> ExportReport:
     """Write a run's newest checkpoint, a checkpoint or a model folder as the model folder `out`.
@@ -65,6 +67,9 @@ def export_model(
         dtype: of the weights; default: what they are stored in. Rounded to nearest, ties to even.
         bits: 4 or 8, "mlx" only: matrices as affine codes in groups of 64, with the bits of
             `mx.quantize`; `dtype` is then that of norms and scales.
+        merge: an adapter's checkpoint as the whole model that it makes of its base, which was
+            decoded from its codes first if it was quantised; `base`: the base's folder, if it is
+            not where the run says.
 
     Raises:
         ConfigError: settings that do not go together, `out` is taken, no model at `source`, a
@@ -74,7 +79,7 @@ def export_model(
     """
     _check_bits(target, bits)
     require_free(out)
-    with open_source(source) as opened:
+    with open_source(source, merge=merge, base=base) as opened:
         tag = DTYPE_TAGS[dtype] if dtype else common_dtype(opened.dtypes)
         layout = Layout.of(opened.model, tag, bits)
         config = opened.model.to_hf(torch_dtype=DTYPE_NAMES[tag], **opened.token_ids)

@@ -8,8 +8,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from solollm.adapted import AdapterFolder, MergedSource
 from solollm.architecture import ModelConfig
 from solollm.backend import TensorSource
+from solollm.bases import find_base, is_adapter
 from solollm.checkpoint import TrainerState, check_parameters, open_checkpoint
 from solollm.completion import find_checkpoint
 from solollm.errors import ConfigError, IntegrityError
@@ -47,14 +49,21 @@ class Source:
 
 
 @contextmanager
-def open_source(path: Path) -> Iterator[Source]:
-    """Open what `path` means: the newest intact checkpoint of a run, or the folder itself.
+def open_source(path: Path, *, merge: bool = False, base: Path | None = None) -> Iterator[Source]:
+    """Open what `path` means: the newest intact checkpoint of a run, or the folder itself. With
+    `merge` an adapter comes as the whole model that it makes of its base; `base` is where that
+    lies, if not where the run says.
 
     Raises:
-        ConfigError: no model there.
+        ConfigError: no model there; an adapter without `merge`, or no adapter with it.
         IntegrityError: damaged files, or weights that are not the model's own.
     """
     folder, notes = find_checkpoint(path)
+    _check_merge(folder, merge=merge)
+    if merge:
+        with _open_merged(folder, find_base(folder, base), notes) as source:
+            yield source
+        return
     with ExitStack() as stack:
         weights = open_weights(folder)
         stack.callback(weights.close)
@@ -80,6 +89,46 @@ def open_source(path: Path) -> Iterator[Source]:
             run=run if (run / "run.toml").is_file() else None,
             origin=read_origin(folder),
             notes=notes,
+        )
+
+
+def _check_merge(folder: Path, *, merge: bool) -> None:
+    if is_adapter(folder) and not merge:
+        raise ConfigError(
+            f"{folder} holds an adapter, not a whole model",
+            why="it is in PEFT's layout as it stands: PeftModel.from_pretrained(base, folder)",
+            fix="give --merge for the model that it makes of its base",
+        )
+    if merge and not is_adapter(folder):
+        raise ConfigError(f"{folder} holds a whole model: there is nothing to merge",
+                          fix="leave --merge out")  # fmt: skip
+
+
+@contextmanager
+def _open_merged(folder: Path, base: Path, notes: tuple[str, ...]) -> Iterator[Source]:
+    """An adapter's checkpoint and its base, as one model in float32."""
+    with ExitStack() as stack:
+        checkpoint = open_checkpoint(folder)
+        stack.callback(checkpoint.close)
+        weights = open_weights(base)
+        stack.callback(weights.close)
+        check_parameters(weights, checkpoint.model)
+        raw = read_table(base / CONFIG)
+        adapter = AdapterFolder(folder, checkpoint.model)
+        run = folder.resolve().parent.parent
+        held = f", decoded from {adapter.codec}," if adapter.codec else ""
+        yield Source(
+            path=folder,
+            model=checkpoint.model,
+            tensors=MergedSource(weights, adapter, checkpoint.model),
+            dtypes=frozenset({"F32"}),
+            token_ids=token_ids(raw),
+            generation=read_table(folder / GENERATION),
+            tokenizer=_tokenizer(folder),
+            state=checkpoint.state,
+            run=run if (run / "run.toml").is_file() else None,
+            origin=read_origin(base),
+            notes=(*notes, f"the adapter is merged into its base{held} in float32"),
         )
 
 

@@ -1,0 +1,55 @@
+"""Where the base of an adapter's checkpoint lies, and that it is the right one."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from solollm.errors import ConfigError
+from solollm.frozen_base import BASE, BaseRecord, BaseSource
+from solollm.runs import Run
+from solollm.strictfile import parse_json, read_bytes, refused
+from solollm.tensorfile import open_weights
+
+
+def is_adapter(folder: Path) -> bool:
+    """Whether a checkpoint holds an adapter in the place of a model."""
+    return (folder / BASE).is_file()
+
+
+def find_base(checkpoint: Path, given: Path | None = None) -> Path:
+    """The base's folder: `given`, or what the run that the checkpoint stands in started from. Its
+    content is proven, in one pass over its weights.
+
+    Raises:
+        ConfigError: nobody knows where it is.
+        IntegrityError: damaged files, or another base than the adapter was trained on.
+    """
+    path = checkpoint / BASE
+    try:
+        record = BaseRecord.model_validate(parse_json(read_bytes(path), path))
+    except ValueError as error:
+        raise refused(path, "the record", str(error)) from error
+    base = given or _of_run(checkpoint)
+    if base is None or not (base / "config.json").is_file():
+        named = f" ({record.hub_id} on the Hugging Face hub)" if record.hub_id else ""
+        raise ConfigError(
+            f"the base{named} of {checkpoint} is not at {base}"
+            if base
+            else f"the base{named} of {checkpoint} is not known here",
+            why="an adapter is only what was learnt beside it",
+            fix="put it back where the run's run.toml says, or say where it is: --base FOLDER",
+        )
+    weights = open_weights(base)
+    try:
+        BaseSource(weights).require(record.content, str(base))
+    finally:
+        weights.close()
+    return base
+
+
+def _of_run(checkpoint: Path) -> Path | None:
+    run = checkpoint.resolve().parent.parent
+    if not (run / "run.toml").is_file():
+        return None
+    init_from = Run.open(run).config.train.init_from
+    return (run / init_from).resolve() if init_from else None
