@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import logging
 import platform
 import sys
 import time
@@ -178,6 +179,7 @@ def main() -> int:
     parser.add_argument("--out", type=Path, help="write the result here too, as JSON")
     options = parser.parse_args()
     torch.set_num_threads(1)
+    logging.getLogger("lm_eval").setLevel(logging.ERROR)
     asked = [(0, options.limit)] + ([(options.short, options.short_limit)] if options.short else [])
     reports = [
         compare(

@@ -31,7 +31,7 @@ def test_examples_are_what_the_benchmarks_ask_and_grade() -> None:
     assert worked.row("messages")["messages"][1] == {"role": "assistant", "content": worked.answer}
 
 
-def test_prompts_equal_lm_evals_to_the_letter(shared_data: Path) -> None:
+def test_prompts_equal_lm_evals_to_the_letter(shared_data: Path, tmp_path: Path) -> None:
     """The format of another version of lm-eval, learnt for nothing."""
     pytest.importorskip("lm_eval", reason="needs lm-eval: pip install 'solollm[eval]'")
     from solollm.evaluation.harness import Benchmark, load_tasks
@@ -39,8 +39,13 @@ def test_prompts_equal_lm_evals_to_the_letter(shared_data: Path) -> None:
     found = load_tasks([Benchmark("gsm8k_cot", shared_data / "gsm8k")])["gsm8k_cot"][0]
     problem = read_gsm8k(shared_data / "gsm8k")[0]
     assert found.doc_to_text(problem._asdict()) == sum_example(problem).prompt
-    task = load_tasks([Benchmark("mmlu", shared_data / "mmlu")])["mmlu"][0]
-    item = read_mmlu(shared_data / "mmlu")["test"][0]
+    few = tmp_path / "mmlu"
+    for split in ("dev", "test"):
+        (few / split).mkdir(parents=True)
+        name = f"{split}/anatomy_{split}.csv"
+        (few / name).write_bytes((shared_data / "mmlu" / name).read_bytes())
+    task = load_tasks([Benchmark("mmlu", few)])["mmlu"][0]
+    item = read_mmlu(few)["test"][0]
     assert task.doc_to_text(item.row()) == choice_example(item).prompt
 
 
