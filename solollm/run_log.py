@@ -9,7 +9,7 @@ is not finite is null:
     kind "eval"    step loss bits_per_byte targets seconds
     kind "sample"  step prompt text
 
-The events of `events.jsonl`: step_skipped, checkpoint_saved, checkpoint_damaged,
+The events of `events.jsonl`: step_skipped, rolled_back, checkpoint_saved, checkpoint_damaged,
 checkpoint_not_deleted, resumed, stopped, environment_changed, sink_failed, report_failed;
 continuation_proven, continuation_refused, continuation_missing (see `solollm.continuation`);
 keep_awake, memory_pressure, heat, power (`solollm.watch`); fault (`solollm.faults`); restarted,

@@ -17,11 +17,12 @@ from pathlib import Path
 from typing import Any
 
 from solollm.backend import PendingMetrics, StepMetrics
+from solollm.broken_steps import BrokenSteps, HalfAppliedError
 from solollm.checkpoint import DataPosition, TrainerState
 from solollm.checkpoint_writer import CheckpointAttendant, CheckpointWriter
 from solollm.continuation import dry_run, promise
 from solollm.data.stream import Prefetch
-from solollm.errors import SoloLLMError, Stopped, StoppedBySignal
+from solollm.errors import Stopped, StoppedBySignal
 from solollm.held_out import HeldOut, bits_per_byte, held_out_loss, samples
 from solollm.run_log import RunLog, Sink, finite
 from solollm.runs import Run
@@ -31,8 +32,6 @@ from solollm.watch import STOP_FIXES, StopCause
 from solollm.workload import Progress, TrainResult, Workload
 
 __all__ = ["Trainer"]
-
-MAX_CONSECUTIVE_SKIPS = 10
 
 
 @dataclass
@@ -85,7 +84,7 @@ class Trainer:
             keep_latest=run.config.checkpoint.keep_latest,
         )
         self._launched: _Launched | None = None
-        self._skips = 0
+        self._broken = BrokenSteps(run, self._log)
         self._loss: float | None = None
         self._held_out: HeldOut | None = None
         self._evaluated_step: int | None = None
@@ -109,16 +108,10 @@ class Trainer:
             with StopRequest() as stop, Prefetch(self._work.stream) as batches, self._writer:
                 self._start(batches)
                 while self._progress.step < self._total_steps:
-                    self._launch(batches)
-                    if self._evaluation_due():
-                        self._evaluate()
-                    if self._samples_due():
-                        self._write_samples()
-                    if self._work.ranks.largest(self._save_due())[0]:
-                        self._save(rank=True)
-                    self._note_finished_save()
-                    if self._progress.step < self._total_steps:
-                        self._stop_if_asked(stop)
+                    try:
+                        self._advance(batches, stop)
+                    except HalfAppliedError as half_applied:
+                        self._go_back(half_applied.step)
                 self._note_finished_save(wait=True)
                 status = "finished"
         except Stopped:
@@ -127,6 +120,32 @@ class Trainer:
         finally:
             self._log.finish({"status": status, **self._summary()})
         return self._result()
+
+    def _advance(self, batches: Prefetch, stop: StopRequest) -> None:
+        """One step, and whatever is due after it."""
+        self._launch(batches)
+        if self._evaluation_due():
+            self._evaluate()
+        if self._samples_due():
+            self._write_samples()
+        if self._work.ranks.largest(self._save_due())[0]:
+            self._save(rank=True)
+        self._note_finished_save()
+        if self._progress.step < self._total_steps:
+            self._stop_if_asked(stop)
+
+    def _go_back(self, step: int) -> None:
+        """To the last checkpoint, and from there around the batch of step `step`."""
+        self._launched = None
+        with self._aside():
+            self._note_finished_save(wait=True)
+            self._work.ranks.largest(0)  # rank 0 has saved
+            checkpoint = self._broken.go_back(step, self._session)
+        state, progress = checkpoint.state, self._progress
+        progress.step, progress.tokens_seen = state.step, state.tokens_seen
+        progress.best_loss, progress.best_step = state.best_loss, state.best_step
+        self._saved_step, self._evaluated_step = state.step, None
+        self._run.rewind_metrics(state.step)
 
     def _start(self, batches: Prefetch) -> None:
         """Tell the sinks; then one step that changes nothing, so that running out of memory, a
@@ -147,6 +166,10 @@ class Trainer:
         begun = self._clock()
         batch = batches.batch(step)
         self._interval.data_wait_seconds += self._clock() - begun
+        if self._broken.is_passed_over(step + 1):
+            self._resolve()
+            self._progress.step = step + 1
+            return
         lr = lr_at(
             step, total_steps=self._total_steps, peak_lr=self._peak_lr,
             table=self._config.schedule,
@@ -166,28 +189,14 @@ class Trainer:
         launched, self._launched = self._launched, None
         metrics = launched.pending.result()
         self._progress.tokens_seen += metrics.tokens
-        self._watch_for_skips(launched.step, metrics)
+        self._broken.watch(launched.step, metrics, last_good=self._last_good)
         self._loss = metrics.loss
         if launched.step % self._config.log.every_steps == 0 or launched.step == self._total_steps:
             self._write_metrics(launched, metrics)
 
-    def _watch_for_skips(self, step: int, metrics: StepMetrics) -> None:
-        if not metrics.skipped:
-            self._skips = 0
-            return
-        self._skips += 1
-        self._log.event(
-            "step_skipped", step=step, loss=finite(metrics.loss),
-            grad_norm=finite(metrics.grad_norm), in_a_row=self._skips,
-        )  # fmt: skip
-        if self._skips >= MAX_CONSECUTIVE_SKIPS:
-            self._note_finished_save(wait=True)
-            raise SoloLLMError(
-                f"{self._skips} steps in a row, up to step {step}, were not finite",
-                why="the weights or the numerics are broken; waiting does not mend them",
-                fix=f"the last good checkpoint is {self._checkpoint or 'none yet'}; go on from it"
-                " with a lower optimizer.lr: `solollm pretrain --init-from CHECKPOINT`",
-            )
+    def _last_good(self) -> Path | None:
+        self._note_finished_save(wait=True)
+        return self._checkpoint
 
     def _write_metrics(self, launched: _Launched, metrics: StepMetrics) -> None:
         now = self._clock()

@@ -28,7 +28,7 @@ LAYERS = (
     "data schedule manifest certificate frozen_base bases checkpoint checkpoint_writer model_folder"
     " runlock runs run_log bundle archive planner registry forecast calibration reality generation"
     " tokenizer_inspection watch faults dtype_choice",
-    "evaluation report held_out continuation completion dialogue",
+    "evaluation report held_out broken_steps continuation completion dialogue",
     "workload trainer",
     "ranks pretraining finetune planning environments horizon starting_weights run_streams",
     "export importing serving cargo packing far_side pushing testing resume_proof migration_proof"

@@ -31,7 +31,8 @@ class AdapterSession(TorchSession):
             model, options.adapter, device, DTYPES[self._plan.compute_dtype]
         )
         self._has_base = False
-        self._decoder.checkpointing = self._plan.activation_checkpointing
+        self._switches = self._switch(self._decoder.layers, options.backend_options, compiled=False)
+        self._decoder.checkpointing = self._switches.recomputes_blocks
         self._masters = Masters(self._adapter.masters())
         self._settings["compile"] = False
         self._use_kernels(options.backend_options)

@@ -4,6 +4,7 @@ Packed rows hold several documents and attention stays within each. `Segments` i
 micro-batch from `segment_ids`; `attend` is called once per layer. On the CPU every document is
 attended to on its own, so that no masked product is computed; elsewhere, and under the compiler
 (which would trace a loop over documents anew for every batch), one boolean mask serves all rows.
+Two more ways are switches for cards: the flash kernel over packed lengths, and FlexAttention.
 
 Shapes: B rows, T positions, H query heads, K key/value heads, D head size.
 """
@@ -11,7 +12,7 @@ Shapes: B rows, T positions, H query heads, K key/value heads, D head size.
 from __future__ import annotations
 
 import itertools
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -22,6 +23,7 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from solollm_torch.kernels import Kernels, Places
 from solollm_torch.ops import Rotary
+from solollm_torch.packed_attention import block_mask, flex, varlen_attention
 
 
 class Document(NamedTuple):
@@ -38,25 +40,37 @@ class Document(NamedTuple):
         return x[self.first_row : self.last_row, :, self.start : self.stop]
 
 
-class Segments(NamedTuple):
-    """The documents of a micro-batch. They cover it without overlap."""
+Way = Literal["documents", "mask", "varlen", "flex"]
+WAYS: tuple[Way, ...] = ("documents", "mask", "varlen", "flex")
 
-    documents: tuple[Document, ...]
-    mask: Tensor | None  # bool [B, 1, T, T], True where attention is allowed; instead of documents
+
+class Segments(NamedTuple):
+    """The documents of a micro-batch, which cover it without overlap, in one of four forms."""
+
+    documents: tuple[Document, ...] = ()
+    mask: Tensor | None = None  # bool [B, 1, T, T], True where attention is allowed
+    borders: Tensor | None = (
+        None  # int32: where documents begin in the flattened [B T], and its end
+    )
+    blocks: Any = None  # FlexAttention's block mask
 
     @classmethod
     def of(
-        cls, segment_ids: np.ndarray, device: torch.device, *, masked: bool = False
+        cls, segment_ids: np.ndarray, device: torch.device, *, way: Way = "documents"
     ) -> Segments | None:
         """From int [B, T], equal ids contiguous; None when every row is one document."""
         borders = segment_ids[:, 1:] != segment_ids[:, :-1]  # [B, T - 1]
         if not borders.any():
             return None
-        if device.type == "cpu" and not masked:
-            return cls(tuple(_documents(borders)), None)
+        if way == "documents":
+            return cls(tuple(_documents(borders)))
+        if way == "varlen":
+            return cls(borders=torch.from_numpy(_starts(borders)).to(device))
         ids = torch.from_numpy(np.ascontiguousarray(segment_ids)).to(device)
+        if way == "flex":
+            return cls(blocks=block_mask(ids))
         same = ids.unsqueeze(1) == ids.unsqueeze(2)  # [B, T, T]
-        return cls((), same.tril().unsqueeze(1))
+        return cls(mask=same.tril().unsqueeze(1))
 
 
 def _documents(borders: np.ndarray) -> list[Document]:
@@ -73,6 +87,14 @@ def _documents(borders: np.ndarray) -> list[Document]:
     return documents
 
 
+def _starts(borders: np.ndarray) -> np.ndarray:
+    """int32 [documents + 1]: the first position of each in the flattened [B T], then B T."""
+    rows, length = borders.shape[0], borders.shape[1] + 1
+    begins = np.ones((rows, length), bool)
+    begins[:, 1:] = borders
+    return np.append(np.flatnonzero(begins), rows * length).astype(np.int32)
+
+
 def attend(q: Tensor, k: Tensor, v: Tensor, segments: Segments | None) -> Tensor:
     """softmax(q k^T / sqrt(D)) v, causal and within documents.
 
@@ -81,6 +103,10 @@ def attend(q: Tensor, k: Tensor, v: Tensor, segments: Segments | None) -> Tensor
     grouped = q.shape[1] != k.shape[1]
     if segments is None:
         return scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=grouped)
+    if segments.borders is not None:
+        return varlen_attention(q, k, v, segments.borders)
+    if segments.blocks is not None:
+        return flex(q, k, v, segments.blocks)
     if segments.mask is not None:
         return scaled_dot_product_attention(q, k, v, attn_mask=segments.mask, enable_gqa=grouped)
     if grouped:

@@ -119,7 +119,13 @@ class TorchBackend(Backend):
         from solollm_torch.session import TorchSession
 
         _check_version()
-        sharded = launched() or options.backend_options.get("offload") == "fsdp"
+        offload = str(options.backend_options.get("offload", "none"))
+        if offload not in ("none", "fsdp", "streaming"):
+            raise ConfigError(
+                f"offload = {offload!r} is not a way to hold a model",
+                fix="use none, fsdp or streaming",
+            )
+        sharded = launched() or offload == "fsdp"
         if sharded and options.adapter is None:
             from solollm_torch.sharded_session import ShardedSession
 
@@ -130,6 +136,10 @@ class TorchBackend(Backend):
                 why="its base is frozen, and small enough in 4 bits",
                 fix="start it without torchrun; `base_bits = 4` makes the base small",
             )
+        if offload == "streaming":
+            from solollm_torch.offload import StreamingSession
+
+            return StreamingSession(model, options, plan, _device())
         kind = TorchSession if options.adapter is None else AdapterSession
         return kind(model, options, plan, _device())
 

@@ -8,11 +8,13 @@ import os
 import shutil
 import sys
 import warnings
+from collections.abc import Iterable
+from pathlib import Path
 
 import torch
 
 from solollm.errors import ConfigError
-from solollm_torch.model import Decoder
+from solollm_torch.model import Block
 
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # of glibc's mallopt(3)
 
@@ -37,10 +39,21 @@ def should_compile(setting: bool | int | float | str, device: torch.device) -> b
     return not missing
 
 
-def compile_blocks(decoder: Decoder) -> None:
-    """Compile every block in place, as one shared kernel set. The first step pays for it."""
-    for block in decoder.layers:
-        block.compile()
+def compile_blocks(blocks: Iterable[Block], *, cuda_graphs: bool = False) -> None:
+    """Compile every block in place, as one shared kernel set. The first step pays for it; what it
+    has made is kept on the disk for the next process.
+
+    `cuda_graphs`: kernels are recorded at their second call and replayed from then on.
+    """
+    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(kernel_cache()))
+    for block in blocks:
+        block.compile(mode="reduce-overhead" if cuda_graphs else None)
+
+
+def kernel_cache() -> Path:
+    """Where compiled kernels outlive the process and, unlike PyTorch's own choice, a restart."""
+    home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(home) / "solollm" / "kernels"
 
 
 def _missing_compiler(device: torch.device) -> str:

@@ -13,6 +13,7 @@ F intermediate size, V vocabulary, L layers.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from functools import partial
 from typing import Any
 
 import torch
@@ -63,13 +64,15 @@ class Block(nn.Module):
         self.gate_up_proj = empty(2 * inter, hidden)
         self.down_proj = empty(hidden, inter)
         self.adapted: dict[str, Any] = {}  # stored name -> `adapter.AdaptedMatrix`
+        self.product = linear  # or another of its kind
+        self.recompute: frozenset[str] = frozenset()  # "attention", "feed_forward": in backward
 
     def project(self, x: Tensor, stored: str) -> Tensor:
         """x [..., in] by one of the stored matrices, or what an adapter has put in its place."""
         if stored in self.adapted:
             adapted: Tensor = self.adapted[stored](x)
             return adapted
-        return linear(x, getattr(self, stored))
+        return self.product(x, getattr(self, stored))
 
     def heads(self, x: Tensor, rotary: Rotary) -> tuple[Tensor, Tensor, Tensor]:
         """From the residual stream [B, T, C] to q [B, H, T, D], k and v [B, K, T, D].
@@ -96,15 +99,43 @@ class Block(nn.Module):
         gate_up = self.project(normed, "gate_up_proj")  # [B, T, 2 F]
         return x + self.project(swiglu(gate_up, self.kernels), "down_proj")  # [B, T, C]
 
+    def canonical_views(self, of: Callable[[nn.Parameter], Tensor]) -> dict[str, Tensor]:
+        """Name within the layer (`self_attn.q_proj`) -> view of what `of` gives; see `Decoder`."""
+        queries, keys = (n * self.head_dim for n in (self.num_heads, self.num_kv_heads))
+        q, k, v = torch.split(of(self.qkv_proj), [queries, keys, keys])
+        gate, up = of(self.gate_up_proj).chunk(2)
+        views = {"input_layernorm": of(self.input_layernorm)}
+        views |= {"self_attn.q_proj": q, "self_attn.k_proj": k, "self_attn.v_proj": v}
+        views["self_attn.o_proj"] = of(self.o_proj)
+        if self.q_norm is not None and self.k_norm is not None:
+            views |= {"self_attn.q_norm": of(self.q_norm), "self_attn.k_norm": of(self.k_norm)}
+        views["post_attention_layernorm"] = of(self.post_attention_layernorm)
+        return views | {
+            "mlp.gate_proj": gate,
+            "mlp.up_proj": up,
+            "mlp.down_proj": of(self.down_proj),
+        }
+
     def forward(self, x: Tensor, rotary: Rotary, segments: Segments | None) -> Tensor:
         """[B, T, C] to [B, T, C]."""
+        x = self._part("attention", partial(self.attention, rotary=rotary, segments=segments), x)
+        return self._part("feed_forward", self.feed_forward, x)
+
+    def attention(self, x: Tensor, *, rotary: Rotary, segments: Segments | None) -> Tensor:
+        """Add what each position attends to to the residual stream [B, T, C]."""
         if self.kernels is not None and self.fuses_attention and by_hand():
             normed = rms_norm(x, self.input_layernorm, self.eps, self.kernels)  # [B, T, C]
             qkv = self.project(normed, "qkv_proj").view(*x.shape[:2], -1, self.head_dim)
             attended = attend_fused(qkv, self.num_heads, rotary, segments, kernels=self.kernels)
-            return self.feed_forward(self.merge(x, attended.transpose(1, 2)))
+            return self.merge(x, attended.transpose(1, 2))
         q, k, v = self.heads(x, rotary)
-        return self.feed_forward(self.merge(x, attend(q, k, v, segments)))
+        return self.merge(x, attend(q, k, v, segments))
+
+    def _part(self, name: str, compute: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+        if name not in self.recompute or not torch.is_grad_enabled():
+            return compute(x)
+        again: Tensor = checkpoint(compute, x, use_reentrant=False, preserve_rng_state=False)
+        return again
 
 
 class Decoder(nn.Module):
@@ -210,22 +241,9 @@ class Decoder(nn.Module):
         `of=lambda p: p.data` gives the weights, `of=lambda p: p.grad` their gradients. A slice of
         rows of a fused matrix is contiguous memory, so a view is as good as a tensor of its own.
         """
-        config = self.config
-        queries = config.num_attention_heads * config.head_dim
-        keys = config.num_key_value_heads * config.head_dim
         views = {"model.embed_tokens.weight": of(self.embed_tokens)}
         for index, block in enumerate(self.layers):
-            q, k, v = torch.split(of(block.qkv_proj), [queries, keys, keys])
-            gate, up = of(block.gate_up_proj).chunk(2)
-            layer = {"input_layernorm": of(block.input_layernorm)}
-            layer |= {"self_attn.q_proj": q, "self_attn.k_proj": k, "self_attn.v_proj": v}
-            layer["self_attn.o_proj"] = of(block.o_proj)
-            if block.q_norm is not None and block.k_norm is not None:
-                layer["self_attn.q_norm"] = of(block.q_norm)
-                layer["self_attn.k_norm"] = of(block.k_norm)
-            layer["post_attention_layernorm"] = of(block.post_attention_layernorm)
-            layer |= {"mlp.gate_proj": gate, "mlp.up_proj": up}
-            layer["mlp.down_proj"] = of(block.down_proj)
+            layer = block.canonical_views(of)
             views |= {f"model.layers.{index}.{name}.weight": view for name, view in layer.items()}
         views["model.norm.weight"] = of(self.norm)
         if self.lm_head is not None:

@@ -244,10 +244,15 @@ def host_decides(found_inf: Tensor) -> bool:
     return found_inf.device.type == "cpu"
 
 
+def chunk_elements(device: torch.device) -> int:
+    """How many elements are decoded at once."""
+    return CHUNK_ELEMENTS if device.type == "cpu" else DEVICE_CHUNK_ELEMENTS
+
+
 def chunks(flat: Tensor) -> Iterator[slice]:
     """Stretches of an update, each of whole blocks of the 8-bit codec: bounded scratch memory, in
     cache on the CPU, and few launches elsewhere."""
-    size = CHUNK_ELEMENTS if flat.device.type == "cpu" else DEVICE_CHUNK_ELEMENTS
+    size = chunk_elements(flat.device)
     return (slice(s, min(s + size, flat.numel())) for s in range(0, flat.numel(), size))
 
 

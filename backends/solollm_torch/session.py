@@ -16,7 +16,8 @@ import math
 import resource
 import sys
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any, ClassVar
 
 import numpy as np
 import psutil
@@ -40,6 +41,7 @@ from solollm.backend import (
 from solollm.errors import BackendError, ConfigError, nearest
 from solollm_torch.attention import Segments
 from solollm_torch.compiling import compile_blocks, keep_freed_memory, should_compile
+from solollm_torch.fp8 import fp8_linear
 from solollm_torch.gradients import (
     DTYPES,
     attach_gradients,
@@ -49,12 +51,14 @@ from solollm_torch.gradients import (
 )
 from solollm_torch.kernels import OFF as KERNELS_OFF
 from solollm_torch.kernels import choose as choose_kernels
-from solollm_torch.loss import Targets, loss_and_gradient, token_nll
+from solollm_torch.loss import Targets, token_nll
 from solollm_torch.masters import WEIGHT_DTYPES, Masters, master_option
-from solollm_torch.model import Decoder
+from solollm_torch.model import Block, Decoder
+from solollm_torch.ops import linear
 from solollm_torch.optim import Optimizer
 from solollm_torch.state import TorchSnapshot, load_parameters, load_states
 from solollm_torch.state_specs import zero_states
+from solollm_torch.switches import SWITCHES, Switches
 from solollm_torch.units import (
     LaggedStep,
     gradient_norms,
@@ -62,8 +66,6 @@ from solollm_torch.units import (
     unit_optimizers,
     unit_parameters,
 )
-
-OPTIONS = ("compile", "deterministic", "gradients", "kernels", "master", "offload", "threads")
 
 
 class _Step(PendingMetrics):
@@ -84,9 +86,14 @@ class TorchSession(TrainSession):
 
     `options.backend_options`: `compile` (auto, true, false; see `compiling`), `deterministic`
     (CUDA: bitwise repeatable kernels), `threads` (CPU threads; default: PyTorch's own number),
-    `master` (float32, split, bfloat16; see `masters`), `gradients` (auto, float32, bfloat16) and
-    `kernels` (CPU: auto, true, false; see `kernels`).
+    `master` (float32, split, bfloat16; see `masters`), `gradients` (auto, float32, bfloat16),
+    `kernels` (CPU: auto, true, false; see `kernels`), and the `switches`.
     """
+
+    option_names: ClassVar[tuple[str, ...]] = (
+        "compile", "deterministic", "gradients", "kernels", "master", "offload", "threads",
+        *SWITCHES,
+    )  # fmt: skip
 
     def __init__(
         self, model: ModelConfig, options: SessionOptions, plan: Plan, device: torch.device
@@ -99,7 +106,7 @@ class TorchSession(TrainSession):
         """
         _refuse_unsupported(options, plan)
         given = options.backend_options
-        _set_up_process(given, device)
+        _set_up_process(given, device, self.option_names)
         self._model, self._plan, self._table = model, plan, options.optimizer
         self._device = device
         self._settings: dict[str, bool | int | float | str] = {"threads": torch.get_num_threads()}
@@ -107,6 +114,7 @@ class TorchSession(TrainSession):
             self._settings["deterministic"] = bool(given.get("deterministic", False))
         self._updates, self._lagged_norm = 0, 0.0
         self._under_way: _Step | None = None
+        self._switches = self._switch((), given, compiled=False)
         self._set_up(options)
 
     def _set_up(self, options: SessionOptions) -> None:
@@ -116,14 +124,13 @@ class TorchSession(TrainSession):
         self._decoder = Decoder(
             model, device=device, dtype=WEIGHT_DTYPES[master], compute_dtype=compute
         )
-        self._decoder.checkpointing = self._plan.activation_checkpointing
         self._masters = _masters_of(self._decoder, split=master == "split")
         if device.type != "meta":  # which holds shapes alone: the planner's bytes are counted there
-            for name, array in initial_parameters(model, options.seed):
-                self._masters.write(name, torch.from_numpy(array))
+            for name, weight in self._initial_weights(options.seed):
+                self._masters.write(name, weight)
         compiled = should_compile(given.get("compile", "auto"), device)
-        if compiled:
-            compile_blocks(self._decoder)
+        self._switches = self._switch(self._decoder.layers, given, compiled=compiled)
+        self._decoder.checkpointing = self._switches.recomputes_blocks
         dtype = gradient_dtype(given, master, compute)
         names = {value: key for key, value in DTYPES.items()}
         self._settings |= {"compile": compiled, "master": master, "gradients": names[dtype]}
@@ -157,6 +164,27 @@ class TorchSession(TrainSession):
         kernels = choose_kernels(given.get("kernels", "auto")) if fits else None
         self._decoder.use(kernels)
         self._settings["kernels"] = KERNELS_OFF if kernels is None else kernels.digest
+
+    def _initial_weights(self, seed: int) -> Iterator[tuple[str, Tensor]]:
+        """The core's, one at a time."""
+        return ((n, torch.from_numpy(a)) for n, a in initial_parameters(self._model, seed))
+
+    def _switch(
+        self, blocks: Iterable[Block], given: Mapping[str, Any], *, compiled: bool
+    ) -> Switches:
+        """Read the switches and set them on the blocks; compile those."""
+        switches = Switches.of(
+            given, self._model, self._device, compiled=compiled,
+            plan=self._plan.activation_checkpointing,
+        )  # fmt: skip
+        blocks = list(blocks)
+        for block in blocks:
+            block.recompute = switches.recompute
+            block.product = fp8_linear if switches.fp8 else linear
+        if compiled:
+            compile_blocks(blocks, cuda_graphs=switches.cuda_graphs)
+        self._settings |= {name: given[name] for name in SWITCHES if name in given}
+        return switches
 
     @property
     def settings(self) -> Mapping[str, bool | int | float | str]:
@@ -245,7 +273,7 @@ class TorchSession(TrainSession):
         between forward and backward pass."""
         input_ids, segments, targets = self._upload(batch, rows)
         hidden = self._decoder(input_ids, segments)  # [M, T, C]
-        loss, gradient = loss_and_gradient(
+        loss, gradient = self._switches.loss(
             hidden, self._decoder.head_weight, targets, batch.denominator,
             kernels=self._decoder.kernels,
         )  # fmt: skip
@@ -289,8 +317,8 @@ class TorchSession(TrainSession):
         input_ids = torch.from_numpy(batch.input_ids[rows].astype(np.int64)).to(self._device)
         segments = None
         if batch.segment_ids is not None:
-            masked = bool(self._settings["compile"])
-            segments = Segments.of(batch.segment_ids[rows], self._device, masked=masked)
+            way = self._switches.attention
+            segments = Segments.of(batch.segment_ids[rows], self._device, way=way)
         weights = None if batch.token_weights is None else batch.token_weights[rows]
         return input_ids, segments, Targets.of(batch.labels[rows], weights, self._device)
 
@@ -356,11 +384,13 @@ def _refuse_unsupported(options: SessionOptions, plan: Plan) -> None:
         )
 
 
-def _set_up_process(given: Mapping[str, bool | int | float | str], device: torch.device) -> None:
+def _set_up_process(
+    given: Mapping[str, bool | int | float | str], device: torch.device, known: tuple[str, ...]
+) -> None:
     """Threads and determinism belong to the process, not to a session: the last one set wins."""
     for key in given:
-        if key not in OPTIONS:
-            raise ConfigError(f"unknown torch backend option `{key}`", fix=nearest(key, OPTIONS))
+        if key not in known:
+            raise ConfigError(f"unknown torch backend option `{key}`", fix=nearest(key, known))
     if "threads" in given:
         torch.set_num_threads(int(given["threads"]))
     if device.type == "cpu" and "deterministic" in given:

@@ -32,9 +32,9 @@ from solollm.backend import (
     TensorSource,
 )
 from solollm.errors import ConfigError
-from solollm_torch.compiling import compile_blocks, should_compile
+from solollm_torch.compiling import should_compile
 from solollm_torch.gradients import DTYPES
-from solollm_torch.loss import loss_and_gradient, token_nll
+from solollm_torch.loss import token_nll
 from solollm_torch.masters import WEIGHT_DTYPES, Masters, master_option
 from solollm_torch.model import Decoder
 from solollm_torch.ranks import host_group, join, lost_ranks_named
@@ -77,10 +77,9 @@ class ShardedSession(TorchSession):
             model, device="meta", dtype=WEIGHT_DTYPES[master],
             compute_dtype=DTYPES[self._plan.compute_dtype],
         )  # fmt: skip
-        decoder.checkpointing = self._plan.activation_checkpointing
         compiled = should_compile(given.get("compile", "auto"), device)
-        if compiled:
-            compile_blocks(decoder)
+        self._switches = self._switch(decoder.layers, given, compiled=compiled)
+        decoder.checkpointing = self._switches.recomputes_blocks
         shard(decoder, device, offload=offload)
         self._settings |= {"compile": compiled, "master": master}
         if offload:
@@ -179,7 +178,7 @@ class ShardedSession(TorchSession):
         head = weight.detach().requires_grad_()
         head.grad_dtype = torch.float32
         head.grad = torch.zeros_like(weight, dtype=torch.float32)
-        loss, gradient = loss_and_gradient(hidden, head, targets, batch.denominator)
+        loss, gradient = self._switches.loss(hidden, head, targets, batch.denominator)
         begin(loss)
         weight.grad = head.grad.to(weight.dtype)  # FSDP2 reduces it with what autograd adds to it
         del head

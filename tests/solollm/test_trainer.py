@@ -32,7 +32,8 @@ from solollm.backend import (
     TensorSource,
     TrainSession,
 )
-from solollm.checkpoint import Environment, latest_checkpoint, open_checkpoint
+from solollm.broken_steps import MAX_CONSECUTIVE_SKIPS, MAX_RETURNS
+from solollm.checkpoint import Environment, latest_checkpoint, list_checkpoints, open_checkpoint
 from solollm.config import RunConfig, parse_config
 from solollm.data.stream import batch_digest, open_stream
 from solollm.errors import BackendError, SoloLLMError, Stopped, StoppedBySignal, StorageError
@@ -41,7 +42,7 @@ from solollm.run_log import Row
 from solollm.runs import Run
 from solollm.testing.hosts import ScriptedHost
 from solollm.tokenizer import Tokenizer
-from solollm.trainer import MAX_CONSECUTIVE_SKIPS, Trainer
+from solollm.trainer import Trainer
 from solollm.vitals import Vitals
 from solollm.watch import Watch
 from solollm.workload import Progress, TrainResult, Workload
@@ -78,10 +79,12 @@ class CopiedSnapshot(Snapshot):
 
 @dataclass
 class FakeSession(TrainSession):
-    """Weights that move by the learning rate; `poisoned` steps (counted from 1) are skipped."""
+    """Weights that move by the learning rate; `poisoned` steps (counted from 1) are skipped, and
+    `half_applied` batches, by their digest, are skipped after half of the weights have moved."""
 
     model: ModelConfig
     poisoned: frozenset[int] = frozenset()
+    half_applied: Callable[[str], bool] = lambda digest: False
     losses: Callable[[int], float] = lambda updates: 3.0  # held-out, after so many updates
     on_step: Callable[[int], None] = lambda step: None
     updates: int = 0
@@ -99,7 +102,12 @@ class FakeSession(TrainSession):
         self.on_step(self.launched)
         if self.launched in self.poisoned:
             return Done(StepMetrics(math.nan, math.inf, batch.num_targets, True))
-        for array in self.weights.values():
+        moved = list(self.weights.values())
+        if self.half_applied(batch_digest(batch)):
+            for array in moved[: len(moved) // 2]:
+                array += np.float32(7)
+            return Done(StepMetrics(3.0, math.inf, batch.num_targets, True, True))
+        for array in moved:
             array -= np.float32(lr)
         self.updates += 1
         return Done(StepMetrics(4.0 / self.launched, 1.0, batch.num_targets, False))
@@ -356,6 +364,54 @@ def test_a_non_finite_step_costs_one_step(bench) -> None:
     row = next(r for r in map(json.loads, lines) if r["step"] == 3)
     assert row["loss"] is None
     assert "NaN" not in "".join(lines)
+
+
+def test_a_half_applied_step_is_undone_and_gone_around(bench) -> None:
+    """Guards against training on from weights of which half are of another step; and against going
+    back for ever, since the same batch breaks in the same way."""
+    made = bench(steps=12, checkpoint={"every_steps": 4})
+    bad = batch_digest(made.work.stream.batch(6))  # makes step 7
+    made.session.half_applied = lambda digest: digest == bad
+    result = made.fit()
+    assert result.step == 12
+    assert made.session.updates == 11
+    assert [(e["step"], e["to_step"]) for e in made.events("rolled_back")] == [(7, 4)]
+    digests = [batch_digest(made.work.stream.batch(step)) for step in range(12)]
+    rates, expected = dict(made.session.seen), FakeSession(made.session.model).weights
+    for digest in (d for d in digests if d != bad):
+        for array in expected.values():
+            array -= np.float32(rates[digest])
+    for name, array in made.session.weights.items():
+        np.testing.assert_array_equal(array, expected[name])
+    lines = (made.run.path / "metrics.jsonl").read_text().splitlines()
+    steps = [row["step"] for row in map(json.loads, lines) if row["kind"] == "train"]
+    assert steps == [step for step in range(1, 13) if step != 7]
+    state = open_checkpoint(result.checkpoint).state
+    assert state.session_state == {"updates": 11}
+    assert state.tokens_seen == sum(
+        made.work.stream.batch(s).num_targets for s in range(12) if s != 6
+    )
+
+
+def test_half_applied_before_any_checkpoint_ends_the_run(bench) -> None:
+    """Guards against going on from a mixture when there is nothing to go back to."""
+    made = bench(steps=12, checkpoint={"every_steps": 10})
+    bad = batch_digest(made.work.stream.batch(2))
+    made.session.half_applied = lambda digest: digest == bad
+    with pytest.raises(SoloLLMError, match="step 3 was not finite, and half") as caught:
+        made.fit()
+    assert "clip = exact" in caught.value.fix
+    assert not list_checkpoints(made.run.checkpoints)
+
+
+def test_broken_weights_are_not_gone_back_to_for_ever(bench) -> None:
+    """Guards against a run that looks busy and goes in circles."""
+    made = bench(steps=20, checkpoint={"every_steps": 4})
+    good = {batch_digest(made.work.stream.batch(step)) for step in range(5)}
+    made.session.half_applied = lambda digest: digest not in good
+    with pytest.raises(SoloLLMError, match="went back to step 8 3 times"):
+        made.fit()
+    assert len(made.events("rolled_back")) == 2 * MAX_RETURNS  # to step 4, then to step 8
 
 
 def test_ten_skips_in_a_row_end_the_run_and_name_the_last_good_checkpoint(bench) -> None:

@@ -161,7 +161,7 @@ def test_changing_a_document_moves_no_bit_of_another(
 ) -> None:
     """Not even a rounding may leak from one document to the next, in either form."""
     decoder = decoder_of(tiny_config, random_weights(tiny_config))
-    segments = Segments.of(SEGMENTS, CPU, masked=masked)
+    segments = Segments.of(SEGMENTS, CPU, way="mask" if masked else "documents")
     before, changed = tokens(tiny_config, 3, 64), tokens(tiny_config, 3, 64)
     changed[0, :50] = tokens(tiny_config, 1, 50, seed=9)[0]
     with torch.set_grad_enabled(with_gradients):
@@ -175,7 +175,7 @@ def test_boolean_mask_equals_the_loop_over_documents(tiny_config: ModelConfig) -
     """The form used on cards and under the compiler, checked here against the loop."""
     decoder = decoder_of(tiny_config, random_weights(tiny_config))
     input_ids = tokens(tiny_config, 3, 64)
-    loop, mask = Segments.of(SEGMENTS, CPU), Segments.of(SEGMENTS, CPU, masked=True)
+    loop, mask = Segments.of(SEGMENTS, CPU), Segments.of(SEGMENTS, CPU, way="mask")
     assert mask is not None
     assert mask.mask is not None
     expected, actual = (decoder.logits(input_ids, segments).detach() for segments in (loop, mask))

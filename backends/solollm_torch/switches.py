@@ -1,0 +1,101 @@
+"""What a session may do otherwise, all off by default: the `backend_options` that choose it, and
+whether this machine can.
+
+    attention   documents | mask | varlen | flex      how packed documents are kept apart
+    loss        own | liger | cce                     whose cross-entropy
+    recompute   auto | none | attention | feed_forward | parts | block
+                what is computed again in backward; auto: the plan's activation checkpointing
+    fp8         the blocks' products in 8-bit floating point
+    cuda_graphs record each compiled block once and replay it
+
+Each stays off until a card has shown that it gains (`tools/gpu_check.py resident`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import NamedTuple
+
+import torch
+
+from solollm.architecture import ModelConfig
+from solollm.errors import BackendError, ConfigError
+from solollm_torch.attention import WAYS, Way
+from solollm_torch.fp8 import require_fp8
+from solollm_torch.fused_loss import LossAndGradient, choose_loss
+from solollm_torch.packed_attention import require_flex, require_varlen
+
+Given = Mapping[str, bool | int | float | str]
+SWITCHES = ("attention", "loss", "recompute", "fp8", "cuda_graphs")
+PARTS: Mapping[str, frozenset[str]] = {
+    "none": frozenset(),
+    "attention": frozenset({"attention"}),
+    "feed_forward": frozenset({"feed_forward"}),
+    "parts": frozenset({"attention", "feed_forward"}),
+}
+
+
+class Switches(NamedTuple):
+    """`recompute`: the parts of a block that are computed again, unless `recomputes_blocks`."""
+
+    attention: Way
+    loss: LossAndGradient
+    recompute: frozenset[str]
+    recomputes_blocks: bool
+    fp8: bool
+    cuda_graphs: bool
+
+    @classmethod
+    def of(
+        cls, given: Given, model: ModelConfig, device: torch.device, *, compiled: bool, plan: bool
+    ) -> Switches:
+        """`plan`: whether blocks are to be recomputed where `recompute` leaves it open.
+
+        Raises:
+            ConfigError: not a choice. BackendError: this machine, or its packages, cannot.
+        """
+        blocks, parts = _recompute(str(given.get("recompute", "auto")), plan)
+        fp8, graphs = bool(given.get("fp8", False)), bool(given.get("cuda_graphs", False))
+        if fp8:
+            require_fp8(model, device)
+        if graphs and not (compiled and device.type == "cuda"):
+            raise BackendError(
+                "cuda_graphs needs compiled blocks on an NVIDIA card",
+                why="what is recorded is what the compiler has made",
+                fix="leave the option `cuda_graphs` out",
+            )
+        way = _attention(str(given.get("attention", "auto")), device, compiled=compiled)
+        loss = choose_loss(str(given.get("loss", "own")), device)
+        return cls(way, loss, parts, blocks, fp8, graphs)
+
+
+def _attention(chosen: str, device: torch.device, *, compiled: bool) -> Way:
+    if chosen == "auto":
+        return "documents" if device.type == "cpu" and not compiled else "mask"
+    if chosen == "varlen":
+        require_varlen(device)
+    if chosen == "flex":
+        require_flex(device)
+    if chosen == "documents" and device.type != "cpu":
+        raise BackendError(
+            "attention = documents is the CPU's",
+            why="it calls the CPU's kernel once per document",
+            fix="leave the option `attention` out",
+        )
+    for way in WAYS:
+        if chosen == way:
+            return way
+    raise ConfigError(f"attention = {chosen!r} is not a choice", fix=f"use auto, {', '.join(WAYS)}")
+
+
+def _recompute(chosen: str, plan: bool) -> tuple[bool, frozenset[str]]:
+    if chosen == "auto":
+        return plan, frozenset()
+    if chosen == "block":
+        return True, frozenset()
+    if chosen not in PARTS:
+        raise ConfigError(
+            f"recompute = {chosen!r} is not a choice",
+            fix=f"use auto, block, {', '.join(PARTS)}",
+        )
+    return False, PARTS[chosen]

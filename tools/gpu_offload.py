@@ -1,0 +1,124 @@
+"""Part `offload7b` of tools/gpu_check.py: a 7B in 22.5 GiB of a card, which stand for one of 24 GB.
+
+The same model, batch and arithmetic once with everything on the card and no cap, where it fits,
+and streamed under the cap: with one micro-batch per step and with four, updates after the
+backward pass (exact) and inside it (lagged). Overlap is max(computation, copies) over the step: 1 where nothing
+waits for anything. No real 24 GB card is slower only in its arithmetic: its link is slower too, so
+the measured rates of this one stand beside the bytes.
+"""
+
+from __future__ import annotations
+
+import statistics
+from typing import Any
+
+import torch
+from gpu_resident import release
+from gpu_sessions import (
+    DrawnResident,
+    DrawnStreaming,
+    attempt,
+    copy_rates,
+    gemm_flops,
+    make_session,
+    memory_cap,
+    memory_peak,
+    model_of,
+    random_batch,
+    timed_steps,
+)
+from solollm_torch.offload import StreamingSession
+from solollm_torch.traffic import Streaming, host_bytes, step_traffic
+
+from solollm.architecture import ModelConfig
+from solollm.backend import Plan
+from solollm.config import OptimizerTable
+
+CAP_GIB = 22.5
+CLAIMS = {
+    "tokens per second, H200": 7500, "share of uncapped": 0.9, "overlap": 0.9, "pinned GiB": 48,
+}  # fmt: skip
+Shape = tuple[int, int, int]  # rows of a micro-batch, micro-batches, positions
+
+
+def measure(device: torch.device, *, tiny: bool) -> dict[str, Any]:
+    """The uncapped session, and the streaming one in each mode."""
+    model = model_of("7b", tiny=tiny)
+    rows, length = (2, 64) if tiny else (8, 2048)
+    found: dict[str, Any] = {
+        "model": model.model_dump(), "cap_gib": CAP_GIB, "claims": CLAIMS,
+        "gemm_flops": gemm_flops(device), "copy_gb_per_second": copy_rates(device),
+    }  # fmt: skip
+    found["resident, uncapped"] = attempt(
+        lambda: _run(model, device, shape=(rows, 1, length), clip="exact", streaming=False)
+    )
+    release(device)
+    for clip in ("lagged", "exact"):
+        for count in (1, 4):
+            name = f"streaming, {clip}, {count * rows * length} tokens per step"
+            found[name] = attempt(
+                lambda s=(rows, count, length), c=clip: _run(
+                    model, device, shape=s, clip=c, streaming=True
+                )
+            )
+            release(device)
+            _compare(found[name], found["resident, uncapped"])
+    return found
+
+
+def _run(
+    model: ModelConfig, device: torch.device, *, shape: Shape, clip: str, streaming: bool
+) -> dict[str, Any]:
+    rows, count, length = shape
+    dtype = "bfloat16" if device.type == "cuda" else "float32"
+    plan = Plan(rows, True, dtype, length, rows * count)
+    options: dict[str, bool | int | float | str] = {"master": "split"}
+    if streaming:
+        options |= {"offload": "streaming", "offload_residuals": True}
+    with memory_cap(device, CAP_GIB if streaming else None):
+        session = make_session(
+            DrawnStreaming if streaming else DrawnResident, model, plan, device=device,
+            options=options, table={"clip": clip},
+        )  # fmt: skip
+        batches = [
+            random_batch(model, rows * count, length, seed=s, packed=False) for s in range(3)
+        ]
+        seconds = timed_steps(session, batches, device, warm_up=2)
+        measured = {
+            "tokens_per_second": rows * count * length / statistics.median(seconds),
+            "seconds": seconds, "memory": memory_peak(device),
+        }  # fmt: skip
+        if isinstance(session, StreamingSession):
+            measured |= _copies(session, model, clip, seconds[-1], shape)
+        session.close()
+    return measured
+
+
+def _copies(
+    session: StreamingSession, model: ModelConfig, clip: str, seconds: float, shape: Shape
+) -> dict[str, Any]:
+    """Bytes of the last step beside the formula, and how much of the copies nobody waited for."""
+    rows, count, length = shape
+    table = OptimizerTable.model_validate({"name": "adamw", "state_bits": 8, "clip": clip})
+    item = 2 if session.compute_dtype == torch.bfloat16 else 4
+    formula = step_traffic(
+        model, table, Streaming("split", 2, offload_residuals=True), num_micro_batches=count,
+        residual_bytes=rows * count * length * model.hidden_size * item,
+    )  # fmt: skip
+    lanes = session.lane_seconds()
+    overlap = None
+    if lanes:
+        computing = seconds - lanes["stalled"]
+        overlap = max(computing, lanes["load"], lanes["store"]) / seconds
+    return {
+        "moved": session.traffic._asdict(), "formula": formula._asdict(),
+        "pinned_gib": host_bytes(model, table, "split") / 2**30,
+        "pinned_residuals_gib": session.pinned_residual_bytes() / 2**30,
+        "lane_seconds": dict(lanes), "overlap": overlap,
+    }  # fmt: skip
+
+
+def _compare(streaming: dict[str, Any], resident: dict[str, Any]) -> None:
+    if "tokens_per_second" in streaming and "tokens_per_second" in resident:
+        ratio = streaming["tokens_per_second"] / resident["tokens_per_second"]
+        streaming["share_of_uncapped"] = ratio
