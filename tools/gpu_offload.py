@@ -1,10 +1,10 @@
 """Part `offload7b` of tools/gpu_check.py: a 7B in 22.5 GiB of a card, which stand for one of 24 GB.
 
 The same model, batch and arithmetic once with everything on the card and no cap, where it fits,
-and streamed under the cap: with one micro-batch per step and with four, updates after the
-backward pass (exact) and inside it (lagged). Overlap is max(computation, copies) over the step: 1 where nothing
-waits for anything. No real 24 GB card is slower only in its arithmetic: its link is slower too, so
-the measured rates of this one stand beside the bytes.
+and streamed under the cap: with one micro-batch per step and with four, updates after the backward
+pass (exact) and inside it (lagged). Overlap is max(computation, copies) over the step: 1 where
+nothing waits for anything. A real 24 GB card is slower in its arithmetic and on its link, so the
+rates measured on this one stand beside the bytes.
 """
 
 from __future__ import annotations
@@ -89,13 +89,13 @@ def _run(
             "seconds": seconds, "memory": memory_peak(device),
         }  # fmt: skip
         if isinstance(session, StreamingSession):
-            measured |= _copies(session, model, clip, seconds[-1], shape)
+            measured |= _copies(session, model, clip, seconds=seconds[-1], shape=shape)
         session.close()
     return measured
 
 
 def _copies(
-    session: StreamingSession, model: ModelConfig, clip: str, seconds: float, shape: Shape
+    session: StreamingSession, model: ModelConfig, clip: str, *, seconds: float, shape: Shape
 ) -> dict[str, Any]:
     """Bytes of the last step beside the formula, and how much of the copies nobody waited for."""
     rows, count, length = shape

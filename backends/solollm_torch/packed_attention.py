@@ -50,15 +50,16 @@ def varlen_attention(q: Tensor, k: Tensor, v: Tensor, borders: Tensor) -> Tensor
     `borders`: int32 [documents + 1], where each begins in the flattened [B T], then B T. No
     document crosses a row, so T bounds their lengths, and does so without asking the device.
     """
-    from torch.nn.attention.varlen import varlen_attn
+    from torch.nn.attention import varlen
 
+    kernel: Any = varlen.varlen_attn  # its keywords differ between versions
     rows, heads, length, dim = q.shape
     if k.shape[1] != heads:
         groups = heads // k.shape[1]
         k, v = k.repeat_interleave(groups, dim=1), v.repeat_interleave(groups, dim=1)
     flat = [x.transpose(1, 2).reshape(rows * length, heads, dim) for x in (q, k, v)]
-    attended: Any = varlen_attn(*flat, borders, borders, length, length, **_causal(varlen_attn))
-    return attended.view(rows, length, heads, dim).transpose(1, 2)  # type: ignore[no-any-return]
+    attended: Tensor = kernel(*flat, borders, borders, length, length, **_causal(kernel))
+    return attended.view(rows, length, heads, dim).transpose(1, 2)
 
 
 def _causal(varlen_attn: Any) -> dict[str, Any]:
