@@ -15,7 +15,6 @@ from __future__ import annotations
 import math
 import resource
 import sys
-import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, ClassVar
 
@@ -38,9 +37,9 @@ from solollm.backend import (
     TensorSource,
     TrainSession,
 )
-from solollm.errors import BackendError, ConfigError, nearest
+from solollm.errors import BackendError
 from solollm_torch.attention import Segments
-from solollm_torch.compiling import compile_blocks, keep_freed_memory, should_compile
+from solollm_torch.compiling import compile_blocks, should_compile
 from solollm_torch.fp8 import fp8_linear
 from solollm_torch.gradients import (
     DTYPES,
@@ -56,6 +55,7 @@ from solollm_torch.masters import WEIGHT_DTYPES, Masters, master_option
 from solollm_torch.model import Block, Decoder
 from solollm_torch.ops import linear
 from solollm_torch.optim import Optimizer
+from solollm_torch.process import set_up_process
 from solollm_torch.state import TorchSnapshot, load_parameters, load_states
 from solollm_torch.state_specs import zero_states
 from solollm_torch.switches import SWITCHES, Switches
@@ -106,7 +106,7 @@ class TorchSession(TrainSession):
         """
         _refuse_unsupported(options, plan)
         given = options.backend_options
-        _set_up_process(given, device, self.option_names)
+        set_up_process(given, device, self.option_names)
         self._model, self._plan, self._table = model, plan, options.optimizer
         self._device = device
         self._settings: dict[str, bool | int | float | str] = {"threads": torch.get_num_threads()}
@@ -382,23 +382,6 @@ def _refuse_unsupported(options: SessionOptions, plan: Plan) -> None:
             why="float16 needs a loss scaler, and every supported card computes in bfloat16",
             fix="set train.compute_dtype to bfloat16 or float32",
         )
-
-
-def _set_up_process(
-    given: Mapping[str, bool | int | float | str], device: torch.device, known: tuple[str, ...]
-) -> None:
-    """Threads and determinism belong to the process, not to a session: the last one set wins."""
-    for key in given:
-        if key not in known:
-            raise ConfigError(f"unknown torch backend option `{key}`", fix=nearest(key, known))
-    if "threads" in given:
-        torch.set_num_threads(int(given["threads"]))
-    if device.type == "cpu" and "deterministic" in given:
-        warnings.warn("`deterministic` has no effect on the CPU: it always is", stacklevel=4)
-    elif given.get("deterministic", False):
-        torch.use_deterministic_algorithms(True)
-    if device.type == "cpu":
-        keep_freed_memory()
 
 
 def _masters_of(decoder: Decoder, *, split: bool) -> Masters:
