@@ -29,20 +29,9 @@ from solollm.runs import Run
 from solollm.schedule import lr_at
 from solollm.signals import StopRequest
 from solollm.watch import STOP_FIXES, StopCause
-from solollm.workload import Progress, TrainResult, Workload
+from solollm.workload import Interval, Progress, TrainResult, Workload
 
 __all__ = ["Trainer"]
-
-
-@dataclass
-class _Interval:
-    """What has happened since the last train row. Tokens count when their step is launched: a
-    session that computes inside `train_step` has then done them, any other is one step behind."""
-
-    begun: float
-    tokens: int = 0
-    data_wait_seconds: float = 0.0
-    aside_seconds: float = 0.0  # evaluations, samples and waits for a save: no training
 
 
 @dataclass(frozen=True)
@@ -91,7 +80,7 @@ class Trainer:
         self._checkpoint: Path | None = None
         self._saved_step = self._start_step
         self._began = self._last_save = clock()
-        self._interval = _Interval(self._began)
+        self._interval = Interval(self._began)
         self._elapsed_before = self._progress.elapsed_seconds
 
     def fit(self) -> TrainResult:
@@ -158,7 +147,7 @@ class Trainer:
             self._writer.require_room(snapshot)
         if not self._work.rehearsed:
             dry_run(self._session, batches.batch(self._progress.step), self._progress.step)
-        self._interval = _Interval(self._clock())
+        self._interval = Interval(self._clock())
 
     def _launch(self, batches: Prefetch) -> None:
         """Start the next step, then read the one before while this one runs."""
@@ -218,7 +207,7 @@ class Trainer:
                 "elapsed_seconds": self._elapsed(),
             }
         )
-        self._interval = _Interval(now)
+        self._interval = Interval(now)
 
     def _evaluation_due(self) -> bool:
         every, step = self._config.eval.every_steps, self._progress.step

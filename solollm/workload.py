@@ -47,6 +47,17 @@ class Progress:
         )
 
 
+@dataclass
+class Interval:
+    """What has happened since the last train row. Tokens count when their step is launched: a
+    session that computes inside `train_step` has then done them, any other is one step behind."""
+
+    begun: float
+    tokens: int = 0
+    data_wait_seconds: float = 0.0
+    aside_seconds: float = 0.0  # evaluations, samples and waits for a save: no training
+
+
 @dataclass(frozen=True)
 class Workload:
     """What a trainer works on. `environment`, what a bitwise resume depends on, is stored in every
