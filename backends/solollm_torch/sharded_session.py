@@ -71,6 +71,7 @@ class ShardedSession(TorchSession):
         join(device)
         self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
         _refuse_shared_codes(options, self.world_size)
+        _refuse_other_offload(given, self.world_size)
         master = master_option(given, "float32")
         offload = given.get("offload", "none") == "fsdp"
         decoder = Decoder(
@@ -286,6 +287,16 @@ class ShardedSession(TorchSession):
 
 def _copy_into(target: Tensor, source: Tensor) -> None:
     target.copy_(source)
+
+
+def _refuse_other_offload(given: Mapping[str, bool | int | float | str], world_size: int) -> None:
+    offload = given.get("offload", "none")
+    if offload not in ("none", "fsdp"):
+        raise ConfigError(
+            f"offload = {offload!r} does not go with {world_size} processes",
+            why="weights that are shared out are held by FSDP2, on the cards or on the host",
+            fix="use none or fsdp, or train in one process",
+        )
 
 
 def _refuse_shared_codes(options: SessionOptions, world_size: int) -> None:
