@@ -36,7 +36,7 @@ COMMANDS = {
     "export": "Write a model as a folder for transformers, vLLM or mlx-lm.",
     "runs": "List, show, verify and move runs.",
     "verify": "Prove that killed runs resume, and that runs move.",
-    "bench": "Measure training speed against other stacks.",
+    "bench": "Measure training and serving speed against other stacks.",
 }
 
 

@@ -118,6 +118,60 @@ def _show_text(read: TextBenchmark) -> None:
     terminal.print(table)
 
 
+@command.command()
+@click.argument("model", type=click.Path(path_type=Path), metavar="RUN_OR_CHECKPOINT")
+@click.option("--users", default="1,2,4,8,16,32,64", show_default=True, help="At once, in turns.")
+@click.option("--requests", type=click.IntRange(1, 100), default=2, show_default=True,
+              help="Of each user, one after the other.")  # fmt: skip
+@click.option("--new-tokens", type=click.IntRange(1), default=32, show_default=True)
+@click.option("--prompt-tokens", type=click.IntRange(2), default=32, show_default=True)
+@click.option("--stack", "stacks", multiple=True, help="Only these. Default: all that are here.")
+@click.option("--vllm-python", type=click.Path(path_type=Path), help="An interpreter with vLLM.")
+@click.option("--json", "as_json", is_flag=True, help="One JSON document on standard output.")
+def serve(
+    model: Path, users: str, requests: int, new_tokens: int, prompt_tokens: int,
+    stacks: tuple[str, ...], vllm_python: Path | None, as_json: bool,
+) -> None:  # fmt: skip
+    """Serving one to many users, beside vLLM and mlx_lm.server where they are installed.
+
+    All load stays on this machine. "good" are requests whose first token came within a second and
+    whose tokens then came within 0.1 s of each other.
+
+    \b
+    Example:
+      solollm bench serve runs/first
+      solollm bench serve runs/first --users 1,8 --stack solollm-torch --json
+    """
+    from solollm.serving.benchmark import bench_serve
+    from solollm.serving.load import Load
+
+    counts = [int(part) for part in users.split(",") if part.strip().isdigit()]
+    if len(counts) != len(users.split(",")):
+        raise click.UsageError(f"--users {users!r} is not numbers with commas between")
+    terminal = console(stderr=True)
+    with terminal.status("starting") as status:
+        measured = bench_serve(
+            model, stacks=stacks, users=counts, prompt_tokens=prompt_tokens, tell=status.update,
+            load=Load(1, requests, new_tokens), vllm_python=vllm_python,
+        )  # fmt: skip
+    if as_json:
+        print_json(measured.to_json())
+        return
+    table = Table(box=None, pad_edge=False)
+    for name in ("stack", "users", "first p50 s", "p95", "gap p50 ms", "p95", "tokens/s",
+                 "tokens/CPU-s", "good/s"):  # fmt: skip
+        table.add_column(name, justify="left" if name == "stack" else "right")
+    for name, results in measured.stacks.items():
+        for result in results:
+            table.add_row(
+                name, str(result.load.users), f"{result.first(0.5):.3f}",
+                f"{result.first(0.95):.3f}", f"{1e3 * result.gap(0.5):.1f}",
+                f"{1e3 * result.gap(0.95):.1f}", f"{result.tokens_per_second:,.0f}",
+                f"{result.tokens_per_cpu_second:,.0f}", f"{result.goodput:.2f}",
+            )  # fmt: skip
+    console().print(table)
+
+
 def _show(measured: TrainBenchmark) -> None:
     table = Table(box=None, pad_edge=False)
     for name in ("stack", "tokens/CPU-s", "tokens/s", "of GEMM", "ours / it", "loss", "peak MB"):

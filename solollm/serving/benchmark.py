@@ -1,0 +1,233 @@
+"""`solollm bench serve`: the same load on this server, on vLLM and on mlx_lm.server, in turns.
+
+Each stack is a process tree of its own over the same checkpoint. At every number of users each
+stack gets the same prompts; its processor time stands beside the wall time, because on a busy
+machine only the former says anything.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import importlib.util
+import json
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import httpx
+import numpy as np
+import psutil
+
+from solollm.completion import TextSide, read_text_side
+from solollm.engine_input import read_model_config
+from solollm.errors import BackendError, ConfigError, nearest
+from solollm.hardware import nvidia_gpus
+from solollm.serving.load import Load, LoadResult, Target, run_load
+from solollm.serving.vllm_environment import find_vllm
+from solollm.serving.vllm_process import MODEL_NAME, VllmProcess, VllmSettings
+
+STACKS = ("solollm-torch", "solollm-mlx", "vllm", "mlx_lm.server")
+DEFAULT_USERS = (1, 2, 4, 8, 16, 32, 64)
+_START_SECONDS = 900.0
+_PROMPTS = 64
+_NAME = "model"
+
+
+@dataclass(frozen=True)
+class ServeBenchmark:
+    """Results by stack, in the order of `users`."""
+
+    stacks: dict[str, tuple[LoadResult, ...]]
+    users: tuple[int, ...]
+    prompt_tokens: int
+    new_tokens: int
+
+    def scaling(self, stack: str, users: int) -> float:
+        """Tokens per processor second at this many users, over those at one; 0 without either."""
+        found = {result.load.users: result for result in self.stacks[stack]}
+        if users not in found or 1 not in found or not found[1].tokens_per_cpu_second:
+            return 0.0
+        return found[users].tokens_per_cpu_second / found[1].tokens_per_cpu_second
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "prompt_tokens": self.prompt_tokens, "new_tokens": self.new_tokens,
+            "stacks": {name: [r.to_json() for r in of] for name, of in self.stacks.items()},
+        }  # fmt: skip
+
+
+def bench_serve(
+    path: Path,
+    *,
+    stacks: Sequence[str] = (),
+    users: Sequence[int] = DEFAULT_USERS,
+    load: Load | None = None,
+    prompt_tokens: int = 32,
+    vllm_python: Path | None = None,
+    tell: Callable[[str], None],
+) -> ServeBenchmark:
+    """Measure the stacks (default: all that are here) at each number of users.
+
+    Raises:
+        ConfigError: an unknown stack, or one that is not here; prompts that do not fit.
+        BackendError: a stack that does not start, or does not answer.
+    """
+    side = read_text_side(path)
+    load = load or Load(1)
+    model = read_model_config(side.checkpoint)
+    if prompt_tokens + load.new_tokens > model.max_position_embeddings:
+        raise ConfigError(
+            f"{prompt_tokens} and {load.new_tokens} tokens do not fit the model's"
+            f" {model.max_position_embeddings}", fix="give smaller ones",
+        )  # fmt: skip
+    chosen = _chosen(stacks, vllm_python)
+    prompts = _prompts(side, prompt_tokens)
+    results: dict[str, list[LoadResult]] = {name: [] for name in chosen}
+    with contextlib.ExitStack() as running:
+        servers = {}
+        for name in chosen:
+            tell(f"starting {name}")
+            servers[name] = running.enter_context(_running(name, side, vllm_python))
+        for count in users:
+            sized = Load(**{**load.__dict__, "users": count})
+            for name, (target, cpu) in servers.items():
+                tell(f"{name}: {count} users")
+                run_load(target, Load(**{**sized.__dict__, "requests_per_user": 1}), prompts,
+                         cpu_seconds=cpu)  # fmt: skip
+                results[name].append(run_load(target, sized, prompts, cpu_seconds=cpu))
+    done = {name: tuple(of) for name, of in results.items()}
+    return ServeBenchmark(done, tuple(users), prompt_tokens, load.new_tokens)
+
+
+def _chosen(stacks: Sequence[str], vllm_python: Path | None) -> list[str]:
+    here = {
+        "solollm-torch": importlib.util.find_spec("torch") is not None,
+        "solollm-mlx": importlib.util.find_spec("mlx_lm") is not None,
+        "vllm": find_vllm(vllm_python) is not None,
+        "mlx_lm.server": importlib.util.find_spec("mlx_lm") is not None,
+    }
+    for name in stacks:
+        if not here.get(name):
+            raise ConfigError(
+                f"there is no stack {name!r} here", why=nearest(name, STACKS),
+                fix=f"here are: {', '.join(n for n in STACKS if here[n])}",
+            )  # fmt: skip
+    return list(stacks) or [name for name in STACKS if here[name]]
+
+
+def _prompts(side: TextSide, length: int) -> list[str]:
+    """Texts of about `length` tokens, no two alike at the beginning: no cache helps anyone."""
+    rng = np.random.default_rng(0)
+    special = side.tokenizer.special_tokens.values()
+    plain = [i for i in range(side.tokenizer.vocab_size) if i not in special]
+    words = [i for i in plain if side.tokenizer.token_bytes(i).strip(b" ").isalnum()] or plain
+    return [side.tokenizer.decode(rng.choice(words, length - 1).tolist()) for _ in range(_PROMPTS)]
+
+
+@contextlib.contextmanager
+def _running(
+    name: str, side: TextSide, vllm_python: Path | None
+) -> Iterator[tuple[Target, Callable[[], float]]]:
+    """A stack's server and a function that gives the processor time of its processes."""
+    if name == "vllm":
+        with _vllm(side, vllm_python) as found:
+            yield found
+        return
+    if name == "mlx_lm.server":
+        port = _free_port()
+        command = [
+            sys.executable, "-m", "mlx_lm", "server", "--model", str(side.checkpoint),
+            "--host", "127.0.0.1", "--port", str(port), "--log-level", "ERROR",
+        ]  # fmt: skip
+        with _process(command) as child:
+            url = f"http://127.0.0.1:{port}"
+            _until_answers(child, url)
+            # It reads any path that a request names; this one it has already.
+            yield Target(url, "default_model"), _cpu_of(child.pid)
+        return
+    command = [
+        sys.executable, "-m", "solollm", "serve", f"{_NAME}={side.checkpoint}", "--port", "0",
+        "--engine", "builtin", "--backend", name.removeprefix("solollm-"), "--json",
+    ]  # fmt: skip
+    with _process(command) as child:
+        assert child.stdout is not None
+        line = child.stdout.readline()
+        if not line:
+            raise BackendError(f"{name} did not start", fix="see what `solollm serve` says")
+        yield Target(json.loads(line)["url"], _NAME), _cpu_of(child.pid)
+
+
+@contextlib.contextmanager
+def _vllm(side: TextSide, python: Path | None) -> Iterator[tuple[Target, Callable[[], float]]]:
+    found = find_vllm(python)
+    assert found is not None, "asked for where there is none"
+    model = read_model_config(side.checkpoint)
+    has_card = bool(nvidia_gpus())
+    settings = VllmSettings(
+        python=found.python, max_seq_len=model.max_position_embeddings, eager=not has_card,
+        dtype="auto" if has_card else "float32", memory_bytes=0 if has_card else 1 << 30,
+    )  # fmt: skip
+    process = VllmProcess(side.checkpoint, settings)
+    try:
+        asyncio.run(process.revive())
+        assert process.pid is not None
+        yield Target("http://vllm", MODEL_NAME, str(process.socket)), _cpu_of(process.pid)
+    finally:
+        asyncio.run(process.close())
+
+
+@contextlib.contextmanager
+def _process(command: Sequence[str]) -> Iterator[subprocess.Popen[str]]:
+    child = subprocess.Popen(
+        command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
+        text=True,
+    )  # fmt: skip
+    try:
+        yield child
+    finally:
+        child.terminate()
+        try:
+            child.wait(30)
+        except subprocess.TimeoutExpired:
+            child.kill()
+            child.wait()
+        if child.stdout is not None:
+            child.stdout.close()
+
+
+def _until_answers(child: subprocess.Popen[str], url: str) -> None:
+    deadline = time.monotonic() + _START_SECONDS
+    while child.poll() is None and time.monotonic() < deadline:
+        with contextlib.suppress(httpx.HTTPError):
+            if httpx.get(f"{url}/health", timeout=5).status_code == 200:
+                return
+        time.sleep(0.2)
+    raise BackendError(f"the server at {url} did not start")
+
+
+def _cpu_of(pid: int) -> Callable[[], float]:
+    """User and system seconds of a process and all below it."""
+
+    def measured() -> float:
+        total = 0.0
+        with contextlib.suppress(psutil.NoSuchProcess):
+            top = psutil.Process(pid)
+            for process in (top, *top.children(recursive=True)):
+                with contextlib.suppress(psutil.NoSuchProcess):
+                    times = process.cpu_times()
+                    total += times.user + times.system
+        return total
+
+    return measured
+
+
+def _free_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port: int = taken.getsockname()[1]
+        return port
