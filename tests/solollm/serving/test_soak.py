@@ -50,16 +50,22 @@ async def _client(client: httpx.AsyncClient, rng: random.Random, until: float) -
         if kind == 2:
             body["logprobs"] = 5
         if kind > 2:
-            leaves = kind == 4
-            async with client.stream("POST", "/v1/completions", json={**body, "stream": True}) as a:
-                async for _ in a.aiter_lines():
-                    if leaves and rng.random() < 0.2:
-                        break
+            await _stream(client, body, leave_rate=0.2 if kind == 4 else 0.0, rng=rng)
         else:
             answer = await client.post("/v1/completions", json=body)
             assert answer.status_code == (400 if kind == 1 else 200)
         answered += 1
     return answered
+
+
+async def _stream(
+    client: httpx.AsyncClient, body: dict[str, Any], *, leave_rate: float, rng: random.Random
+) -> None:
+    """Read a stream, leaving it at each line with this probability."""
+    async with client.stream("POST", "/v1/completions", json={**body, "stream": True}) as answer:
+        async for _ in answer.aiter_lines():
+            if rng.random() < leave_rate:
+                return
 
 
 async def _load(url: str, seconds: float, seed: int) -> int:
