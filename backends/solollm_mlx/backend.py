@@ -69,6 +69,7 @@ class MlxBackend(Backend):
             objectives=("lm",),
             optimizers=("adamw", "muon"),
             state_bits=(32, 8),
+            adapters=("lora", "qlora-affine4"),
             multi_device=True,
             versions={"mlx": _version(), "python": platform.python_version()},
         )
@@ -88,6 +89,7 @@ class MlxBackend(Backend):
     def train_session(self, model: ModelConfig, options: SessionOptions, plan: Plan) -> MlxSession:
         import mlx.core as mx
 
+        from solollm_mlx.adapter_session import AdapterSession
         from solollm_mlx.limits import bind_memory, device_limits, require_buffers
         from solollm_mlx.session import MlxSession
 
@@ -95,7 +97,8 @@ class MlxBackend(Backend):
         if limits := device_limits():
             require_buffers(model, plan, limits)
             bind_memory(limits, plan)
-        return MlxSession(model, options, plan, mx.distributed.init())
+        kind = MlxSession if options.adapter is None else AdapterSession
+        return kind(model, options, plan, mx.distributed.init())
 
     def ranks(self) -> Ranks:
         from solollm_mlx.ranks import MlxRanks

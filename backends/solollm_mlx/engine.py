@@ -18,6 +18,7 @@ from solollm.engine_input import complete_options, read_model_config
 from solollm.tensorfile import open_weights
 from solollm_mlx import mlx_lm_adapter as mlx_lm
 from solollm_mlx.decoding import MlxDecoder
+from solollm_mlx.mlx_lm_adapter import Lora
 from solollm_mlx.state import read_weights
 
 DTYPES = {"float32": mx.float32, "bfloat16": mx.bfloat16, "float16": mx.float16}
@@ -32,14 +33,23 @@ class MlxEngine(Engine):
     """
 
     def __init__(
-        self, weights: Mapping[str, mx.array], model: ModelConfig, options: EngineOptions
+        self,
+        weights: Mapping[str, mx.array],
+        model: ModelConfig,
+        options: EngineOptions,
+        *,
+        lora: Lora | None = None,
     ) -> None:
-        """Raises ConfigError for an option that the model cannot serve."""
+        """`lora`: factors beside these weights. Raises ConfigError for an option that the model
+        cannot serve."""
         self.model = model
         self.options = complete_options(options, model, known=_OPTIONS)
         given, dtype = options.backend_options, _dtype(options)
         self._prefill_tokens = max(1, int(given.get("prefill_tokens", 2048)))
-        self._module = mlx_lm.build_model(model, {n: w.astype(dtype) for n, w in weights.items()})
+        arrays = {n: w if w.dtype == mx.uint32 else w.astype(dtype) for n, w in weights.items()}
+        self._module = mlx_lm.build_model(model, arrays)
+        if lora is not None:
+            mlx_lm.add_lora(self._module, lora)
         bits = int(given.get("quantize_bits", 0))
         if bits:
             mlx_lm.quantize(self._module, bits)

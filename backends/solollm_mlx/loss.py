@@ -45,19 +45,12 @@ def _loss_and_gradients(
     total = mx.zeros((), mx.float32)
     head_gradient = mx.zeros(head.shape, mx.float32)
     weight = head.astype(hidden.dtype)
-    ids = mx.arange(head.shape[0])
     rows, parts = hidden, []
     size = chunk_tokens(hidden.shape[0], head.shape[0])
     for start in range(0, hidden.shape[0], size):
         part = slice(start, start + size)
-        nll, logits, log_sum = _chunk(rows[part], weight, labels[part])
-        total = total + (nll * token_weights[part]).sum()
-        factor = mx.where(labels[part] >= 0, token_weights[part], 0.0)[:, None]  # [n, 1]
-        # d nll / d logits = probabilities - onehot(label)
-        onehot = ids == labels[part][:, None]  # [n, V]
-        gradient = ((exp_of_negative(logits - log_sum[:, None]) - onehot) * factor).astype(
-            hidden.dtype
-        )
+        of_part, gradient = _chunk_gradient(rows[part], weight, labels[part], token_weights[part])
+        total = total + of_part
         parts.append(gradient @ weight)  # [n, C]
         head_gradient = head_gradient + (gradient.T @ rows[part]).astype(mx.float32)
         # Chained, so that the evaluator does not hold the logits of several chunks.
@@ -80,6 +73,58 @@ def _loss_and_gradients_vjp(
         mx.zeros_like(labels),
         mx.zeros_like(token_weights),
     )
+
+
+def summed_loss_under(
+    hidden: mx.array, head: mx.array, labels: mx.array, token_weights: mx.array
+) -> mx.array:
+    """`summed_loss` under a frozen head, in whatever dtype: its gradient is not made."""
+    outputs: Any = _loss_and_hidden_gradient(hidden, head, labels, token_weights)
+    total: mx.array = outputs[0]
+    return total
+
+
+@mx.custom_function
+def _loss_and_hidden_gradient(
+    hidden: mx.array, head: mx.array, labels: mx.array, token_weights: mx.array
+) -> tuple[mx.array, mx.array]:
+    """(loss, its gradient by hidden)."""
+    total = mx.zeros((), mx.float32)
+    weight = head.astype(hidden.dtype)
+    rows, parts = hidden, []
+    size = chunk_tokens(hidden.shape[0], head.shape[0])
+    for start in range(0, hidden.shape[0], size):
+        part = slice(start, start + size)
+        of_part, gradient = _chunk_gradient(rows[part], weight, labels[part], token_weights[part])
+        total = total + of_part
+        parts.append(gradient @ weight)  # [n, C]
+        rows = mx.depends([rows], [total, parts[-1]])[0]  # chained, as above
+    return total, mx.concatenate(parts)
+
+
+@_loss_and_hidden_gradient.vjp
+def _loss_and_hidden_gradient_vjp(
+    primals: tuple[mx.array, ...],
+    cotangents: tuple[mx.array, ...],
+    outputs: tuple[mx.array, ...],
+) -> tuple[mx.array, ...]:
+    _, head, labels, token_weights = primals
+    hidden_gradient = outputs[1]
+    scale = cotangents[0].astype(hidden_gradient.dtype)
+    nothing = (mx.zeros_like(array) for array in (head, labels, token_weights))
+    return hidden_gradient * scale, *nothing
+
+
+def _chunk_gradient(
+    rows: mx.array, weight: mx.array, labels: mx.array, token_weights: mx.array
+) -> tuple[mx.array, mx.array]:
+    """(summed loss of n tokens, its gradient by their logits [n, V] in the compute dtype)."""
+    nll, logits, log_sum = _chunk(rows, weight, labels)
+    factor = mx.where(labels >= 0, token_weights, 0.0)[:, None]  # [n, 1]
+    # d nll / d logits = probabilities - onehot(label)
+    onehot = mx.arange(weight.shape[0]) == labels[:, None]  # [n, V]
+    gradient = (exp_of_negative(logits - log_sum[:, None]) - onehot) * factor
+    return (nll * token_weights).sum(), gradient.astype(rows.dtype)
 
 
 def token_logprobs(hidden: mx.array, head: mx.array, labels: mx.array) -> mx.array:

@@ -7,10 +7,15 @@ beside each other.
 
 from __future__ import annotations
 
-from solollm.architecture import ModelConfig
+import math
+
+from solollm.adapters import AdapterOptions, adapter_table, trained_table
+from solollm.architecture import ModelConfig, parameter_table
 from solollm.backend import ComputeDType, MemoryCosts, Plan, SessionOptions
+from solollm.config import OptimizerTable
 from solollm_mlx.attention import BLOCK
 from solollm_mlx.loss import chunk_tokens
+from solollm_mlx.quant import BITS, GROUP_SIZE, fits
 
 PROCESS_BYTES = 280 * 2**20  # the interpreter and the libraries, mlx-lm's included
 CHUNK_COPIES = 4  # of one chunk's logits
@@ -27,13 +32,38 @@ def memory_costs(
     kept, passing, recomputing = _elements_per_token(model)
     logits = 4 * CHUNK_COPIES * chunk_tokens(1 << 30, model.vocab_size) * model.vocab_size
     head_gradient = 4 * model.vocab_size * hidden  # a micro-batch's own, there from the loss on
+    per_parameter = 4 + GRADIENT_BYTES + _state_bytes_per_parameter(model, options)
+    if options.adapter is not None:
+        held = adapter_bytes(model, options.adapter, options.optimizer, item)
+        per_parameter = sum(held.values()) / model.num_parameters()
+        head_gradient = 0
     return MemoryCosts(
         fixed_bytes=PROCESS_BYTES,
-        per_parameter_bytes=4 + GRADIENT_BYTES + _state_bytes_per_parameter(model, options),
+        per_parameter_bytes=per_parameter,
         per_token_bytes=item * (layers * kept + passing),
         per_token_checkpointed_bytes=item * (layers * hidden + recomputing),
         loss_chunk_bytes=logits + head_gradient,
     )
+
+
+def adapter_bytes(
+    model: ModelConfig, adapter: AdapterOptions, table: OptimizerTable, item: int
+) -> dict[str, int]:
+    """What an adapter session holds, by what it is: a frozen base in the compute dtype of `item`
+    bytes, or in codes; factors, their gradients and moments in fp32."""
+    base = 0.0
+    for spec in parameter_table(model):
+        size = math.prod(spec.shape)
+        is_coded = adapter.base_bits and spec.name.endswith("_proj.weight") and fits(spec.shape)
+        base += size * (BITS / 8 + 2 * item / GROUP_SIZE if is_coded else item)
+    factors = sum(math.prod(spec.shape) for spec in adapter_table(model, adapter))
+    moments = 2 * factors * (4.0 if table.state_bits == 32 else 1.02)
+    return {
+        "frozen base": int(base),
+        "adapter": 4 * factors,
+        "gradients": GRADIENT_BYTES * factors,
+        "optimizer": int(moments),
+    }
 
 
 def step_bytes(model: ModelConfig, options: SessionOptions, plan: Plan) -> int:
@@ -50,7 +80,8 @@ def step_bytes(model: ModelConfig, options: SessionOptions, plan: Plan) -> int:
     )
     accumulated = plan.micro_batch_size < plan.batch_size
     activations = per_token * plan.micro_batch_size * plan.seq_len
-    gradients = GRADIENT_BYTES * model.num_parameters() * accumulated
+    trained = sum(math.prod(spec.shape) for spec in trained_table(model, options.adapter))
+    gradients = GRADIENT_BYTES * trained * accumulated
     return int(RUN_AHEAD * (activations + costs.loss_chunk_bytes + gradients))
 
 

@@ -14,9 +14,11 @@ from typing import Any, NamedTuple
 
 import mlx.core as mx
 import mlx.nn as nn
+from mlx.utils import tree_unflatten
 
 from solollm.architecture import ModelConfig
 from solollm.errors import BackendError, ConfigError
+from solollm_mlx.quant import BITS, GROUP_SIZE
 
 # float32 [N, V] log-probabilities to integer [N] tokens.
 Sampler = Callable[[mx.array], mx.array]
@@ -32,8 +34,17 @@ class Generated(NamedTuple):
     logprob: float
 
 
+class Lora(NamedTuple):
+    """Low-rank factors by the name of their matrix (`model.layers.0.self_attn.q_proj`): A [r, in]
+    and B [out, r], and what their product is multiplied by."""
+
+    factors: Mapping[str, tuple[mx.array, mx.array]]
+    scale: float
+
+
 def build_model(config: ModelConfig, weights: Mapping[str, mx.array]) -> nn.Module:
-    """mlx-lm's own decoder over these arrays, without a copy.
+    """mlx-lm's own decoder over these arrays, without a copy; a matrix that has `<matrix>.scales`
+    is quantised (see `quant`).
 
     The rope settings are handed over in the old spelling as well: its llama reads no other, and
     falls back to theta 10000 without a word.
@@ -48,9 +59,27 @@ def build_model(config: ModelConfig, weights: Mapping[str, mx.array]) -> nn.Modu
         ) from error
     module: Any = qwen3 if config.qk_norm else llama
     model: nn.Module = module.Model(module.ModelArgs.from_dict(config.to_hf()))
+    if any(name.endswith(".scales") for name in weights):
+        nn.quantize(
+            model, group_size=GROUP_SIZE, bits=BITS,
+            class_predicate=lambda path, _: f"{path}.scales" in weights,
+        )  # fmt: skip
     model.load_weights(list(weights.items()), strict=True)
     model.eval()
     return model
+
+
+def add_lora(model: nn.Module, lora: Lora) -> None:
+    """Put factors beside the matrices of `model`, in place. They stay in their own dtype."""
+    from mlx_lm.tuner.lora import LoRALinear
+
+    modules, adapted = dict(model.named_modules()), []
+    for name, (a, b) in lora.factors.items():
+        layer = LoRALinear.from_base(modules[name], r=a.shape[0], scale=lora.scale)
+        layer.lora_a, layer.lora_b = a.T, b.T
+        adapted.append((name, layer))
+    model.update_modules(tree_unflatten(adapted))
+    model.eval()
 
 
 def quantize(model: nn.Module, bits: int, group_size: int = 64) -> None:

@@ -13,6 +13,8 @@ F intermediate size, V vocabulary.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from functools import partial
 
 import mlx.core as mx
 
@@ -21,6 +23,8 @@ from solollm_mlx.attention import attend
 from solollm_mlx.exponential import swiglu
 
 Weights = dict[str, mx.array]
+# (weights, "self_attn.q_proj" or another matrix of theirs, x [..., in]) -> [..., out]
+Projection = Callable[[Weights, str, mx.array], mx.array]
 
 
 def rotary_frequencies(config: ModelConfig) -> mx.array:
@@ -45,6 +49,11 @@ def linear(x: mx.array, weight: mx.array) -> mx.array:
     return x @ weight.astype(x.dtype).T
 
 
+def project(weights: Weights, name: str, x: mx.array) -> mx.array:
+    """x [..., in] through the matrix of that name: [..., out]."""
+    return linear(x, weights[f"{name}.weight"])
+
+
 def block(
     weights: Weights,
     x: mx.array,
@@ -52,6 +61,7 @@ def block(
     segments: mx.array | None,
     *,
     config: ModelConfig,
+    project: Projection = project,
 ) -> mx.array:
     """One layer over its own weights (names without the layer's prefix): [B, T, C] to the same."""
     rows, length, _ = x.shape
@@ -59,7 +69,7 @@ def block(
     normed = rms_norm(x, weights["input_layernorm.weight"], config)  # [B, T, C]
 
     def heads(name: str, norm: str | None) -> mx.array:
-        y = linear(normed, weights[f"self_attn.{name}_proj.weight"])  # [B, T, heads * D]
+        y = project(weights, f"self_attn.{name}_proj", normed)  # [B, T, heads * D]
         y = y.reshape(rows, length, -1, dim)  # [B, T, heads, D]
         if norm is not None and config.qk_norm:
             y = rms_norm(y, weights[f"self_attn.{norm}.weight"], config)
@@ -69,11 +79,11 @@ def block(
     q, k = rotate(q, frequencies), rotate(k, frequencies)
     attended = attend(q, k, v, segments)  # [B, H, T, D]
     attended = attended.transpose(0, 2, 1, 3).reshape(rows, length, -1)  # [B, T, H * D]
-    x = x + linear(attended, weights["self_attn.o_proj.weight"])  # [B, T, C]
+    x = x + project(weights, "self_attn.o_proj", attended)  # [B, T, C]
     normed = rms_norm(x, weights["post_attention_layernorm.weight"], config)
-    gate = linear(normed, weights["mlp.gate_proj.weight"])  # [B, T, F]
-    up = linear(normed, weights["mlp.up_proj.weight"])  # [B, T, F]
-    return x + linear(swiglu(gate, up), weights["mlp.down_proj.weight"])  # [B, T, C]
+    gate = project(weights, "mlp.gate_proj", normed)  # [B, T, F]
+    up = project(weights, "mlp.up_proj", normed)  # [B, T, F]
+    return x + project(weights, "mlp.down_proj", swiglu(gate, up))  # [B, T, C]
 
 
 def rms_norm(x: mx.array, weight: mx.array, config: ModelConfig) -> mx.array:
@@ -102,18 +112,24 @@ def hidden_states(
     config: ModelConfig,
     dtype: mx.Dtype,
     checkpointing: bool = False,
+    project: Projection = project,
 ) -> mx.array:
-    """int [B, T] to normalised hidden states [B, T, C]; `segments` int [B, T], None: causal."""
+    """int [B, T] to normalised hidden states [B, T, C]; `segments` int [B, T], None: causal.
+    `project`: how a block's matrices are applied, where they are not plain."""
     frequencies = rotary_frequencies(config)
     x = weights["model.embed_tokens.weight"][input_ids].astype(dtype)  # [B, T, C]
 
-    def layer(own: Weights, stream: mx.array) -> mx.array:
-        # Integer arrays are closed over: mx.checkpoint cannot differentiate past them as arguments.
-        return block(own, stream, frequencies, segments, config=config)
+    # Integers (segments, codes of a quantised matrix) are bound and no arguments: mx.checkpoint
+    # asks for a gradient by every argument, and they have none.
+    def layer(codes: Weights, own: Weights, stream: mx.array) -> mx.array:
+        whole = codes | own
+        return block(whole, stream, frequencies, segments, config=config, project=project)
 
-    run = mx.checkpoint(layer) if checkpointing else layer
     for index in range(config.num_hidden_layers):
-        x = run(layer_weights(weights, index), x)
+        own = layer_weights(weights, index)
+        codes = {name: own.pop(name) for name in list(own) if own[name].dtype == mx.uint32}
+        run = partial(layer, codes)
+        x = (mx.checkpoint(run) if checkpointing else run)(own, x)
     return rms_norm(x, weights["model.norm.weight"], config)
 
 
@@ -124,8 +140,10 @@ def head_weight(weights: Weights) -> mx.array:
 
 def logits(
     weights: Weights, input_ids: mx.array, segments: mx.array | None, *, config: ModelConfig,
-    dtype: mx.Dtype = mx.float32,
+    dtype: mx.Dtype = mx.float32, project: Projection = project,
 ) -> mx.array:  # fmt: skip
     """All logits [B, T, V]: for tests and small inputs; training never holds them."""
-    hidden = hidden_states(weights, input_ids, segments, config=config, dtype=dtype)
+    hidden = hidden_states(
+        weights, input_ids, segments, config=config, dtype=dtype, project=project
+    )
     return linear(hidden, head_weight(weights))

@@ -21,7 +21,7 @@ from typing import Any, NamedTuple
 
 import mlx.core as mx
 
-from solollm.architecture import ModelConfig, ParameterSpec, parameter_table
+from solollm.architecture import ParameterSpec
 from solollm.config import OptimizerTable
 from solollm.optim_codec import State, codebook, is_quantized, num_blocks
 from solollm_mlx.codec import dequantize, quantize
@@ -103,11 +103,14 @@ class Optimizer:
     that of AdamW and one lr serves both (Liu et al. 2025, arXiv:2502.16982).
     """
 
-    def __init__(self, model: ModelConfig, table: OptimizerTable, *, compiled: bool) -> None:
+    def __init__(
+        self, trained: Sequence[ParameterSpec], table: OptimizerTable, *, compiled: bool
+    ) -> None:
+        """`trained`: the name table of what a session trains."""
         self.table = table
         self._specs: dict[str, tuple[mx.Dtype, tuple[int, ...]]] = {}
         alike: dict[tuple[Kind, tuple[int, ...]], list[str]] = {}
-        for spec in parameter_table(model):
+        for spec in trained:
             kind = _kind(spec, table)
             alike.setdefault((kind, spec.shape), []).append(spec.name)
             self._specs |= _state_specs(kind, spec)

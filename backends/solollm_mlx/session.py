@@ -6,7 +6,8 @@ holds one micro-batch's activations however many there are (one graph over all o
 all). Weights and states are plain dicts in table order: an order that comes from a file would
 change the order of the norm's sum, and with it the bits of a resumed run.
 
-The optimizer is `optim`, the decoder `model`, the loss `loss`, the bits on the host `state`.
+The optimizer is `optim`, the decoder `model`, the loss `loss`, the bits on the host `state`; a
+frozen base with an adapter is `adapter_session`.
 
 Shapes: B rows of the global batch, M of a micro-batch, T positions.
 """
@@ -20,6 +21,7 @@ from typing import Any, NamedTuple
 import mlx.core as mx
 import numpy as np
 
+from solollm.adapters import trained_table
 from solollm.architecture import ModelConfig, initial_parameters
 from solollm.backend import (
     IGNORED,
@@ -40,7 +42,7 @@ from solollm_mlx import loss
 from solollm_mlx.compiling import should_compile
 from solollm_mlx.limits import bounded_run_ahead
 from solollm_mlx.memory import step_bytes
-from solollm_mlx.model import Weights, head_weight, hidden_states
+from solollm_mlx.model import Projection, Weights, head_weight, hidden_states, project
 from solollm_mlx.optim import GROUP_ELEMENTS, Arrays, Optimizer, Step
 from solollm_mlx.state import MlxSnapshot, read_states, read_weights
 
@@ -82,7 +84,7 @@ class MlxSession(TrainSession):
         """A session with the core's initial weights of `options.seed`.
 
         Raises:
-            BackendError: an objective or adapter that is not implemented.
+            BackendError: an objective that is not implemented.
             ConfigError: an unknown or unusable entry of `backend_options`.
         """
         _refuse_unsupported(options)
@@ -92,10 +94,13 @@ class MlxSession(TrainSession):
         self._step_bytes = step_bytes(model, options, plan)
         self._table = options.optimizer
         self._compiled = should_compile(options.backend_options.get("compile", "auto"))
-        self._optimizer = Optimizer(model, options.optimizer, compiled=self._compiled)
-        self._weights: Weights = {
-            name: mx.array(array) for name, array in initial_parameters(model, options.seed)
-        }
+        self._optimizer = Optimizer(
+            trained_table(model, options.adapter), options.optimizer, compiled=self._compiled
+        )
+        self._weights: Weights = self._initial_weights(options)
+        self._frozen: Weights = {}  # what is computed with and not trained
+        self._project: Projection = project
+        self._summed_loss = loss.summed_loss
         self._states = self._optimizer.initial_states()
         self._counters = self._initial_counters()
         wrap: Any = mx.compile if self._compiled else lambda function: function
@@ -104,6 +109,10 @@ class MlxSession(TrainSession):
         self._verdict = wrap(self._judge)
         self._evaluate = wrap(self._token_logprobs)
         mx.eval(self._weights, self._states)
+
+    def _initial_weights(self, options: SessionOptions) -> Weights:
+        initial = initial_parameters(self._model, options.seed)
+        return {name: mx.array(array) for name, array in initial}
 
     @property
     def settings(self) -> Mapping[str, bool | int | float | str]:
@@ -147,7 +156,7 @@ class MlxSession(TrainSession):
         gradients: Arrays = {}
         for micro in self._micro_batches(batch, *self._own_rows(batch)):
             mx.eval(total, gradients)  # of the micro-batches before
-            value, new = self._micro(self._weights, self._counters, micro)
+            value, new = self._micro(self._weights, self._frozen, self._counters, micro)
             total = total + value
             gradients = self._add(gradients, new) if gradients else new
         if self.world_size > 1:
@@ -163,7 +172,7 @@ class MlxSession(TrainSession):
         return summed(total), {name: summed(array) for name, array in gradients.items()}
 
     def _micro_gradients(
-        self, weights: Weights, counters: Arrays, micro: MicroBatch
+        self, weights: Weights, frozen: Weights, counters: Arrays, micro: MicroBatch
     ) -> tuple[mx.array, Arrays]:
         """(loss, gradients times the loss scale), summed over the micro-batch."""
         input_ids, labels, token_weights, segments = micro
@@ -171,17 +180,22 @@ class MlxSession(TrainSession):
         token_weights = (token_weights * scale).reshape(-1)
 
         def scaled_loss(weights: Weights) -> mx.array:
+            whole = self._whole(weights, frozen)
             hidden = hidden_states(
-                weights, input_ids, segments, config=self._model, dtype=self._dtype,
-                checkpointing=self._plan.activation_checkpointing,
+                whole, input_ids, segments, config=self._model, dtype=self._dtype,
+                checkpointing=self._plan.activation_checkpointing, project=self._project,
             )  # fmt: skip
             hidden = hidden.reshape(-1, hidden.shape[-1])  # [M T, C]
-            return loss.summed_loss(hidden, head_weight(weights), labels.reshape(-1), token_weights)
+            return self._summed_loss(hidden, head_weight(whole), labels.reshape(-1), token_weights)
 
         gradient_function: Any = mx.value_and_grad(scaled_loss)  # its types know no dict
         total: mx.array
         total, gradients = gradient_function(weights)
         return total / scale, gradients
+
+    def _whole(self, weights: Weights, frozen: Weights) -> Weights:
+        """All that the decoder computes with, of what is trained and what is not."""
+        return weights
 
     def _judge(
         self, total: mx.array, squares: mx.array, counters: Arrays
@@ -198,12 +212,16 @@ class MlxSession(TrainSession):
             factor = mx.minimum(self._table.clip_norm / (reference + 1e-6), 1.0)
         return numbers, factor / scale, _count(counters, skipped, norm)
 
-    def _token_logprobs(self, weights: Weights, micro: MicroBatch) -> mx.array:
+    def _token_logprobs(self, weights: Weights, frozen: Weights, micro: MicroBatch) -> mx.array:
         """float32 [M, T]: log p(label), 0 where there is no target."""
         input_ids, labels, _, segments = micro
-        hidden = hidden_states(weights, input_ids, segments, config=self._model, dtype=self._dtype)
+        whole = self._whole(weights, frozen)
+        hidden = hidden_states(
+            whole, input_ids, segments, config=self._model, dtype=self._dtype,
+            project=self._project,
+        )  # fmt: skip
         flat = hidden.reshape(-1, hidden.shape[-1])
-        logprobs = loss.token_logprobs(flat, head_weight(weights), labels.reshape(-1))
+        logprobs = loss.token_logprobs(flat, head_weight(whole), labels.reshape(-1))
         return logprobs.reshape(labels.shape)
 
     def eval_step(self, batch: Batch) -> tuple[float, int]:
@@ -211,9 +229,12 @@ class MlxSession(TrainSession):
         return float(-logprobs.sum(dtype=np.float64)), batch.num_targets
 
     def token_logprobs(self, batch: Batch, *, adapter: bool = True) -> np.ndarray:
+        return self._logprobs_under(self._weights, batch)
+
+    def _logprobs_under(self, weights: Weights, batch: Batch) -> np.ndarray:
         rows = len(batch.input_ids)
         parts = [
-            np.array(self._evaluate(self._weights, micro))
+            np.array(self._evaluate(weights, self._frozen, micro))
             for micro in self._micro_batches(batch, 0, rows)
         ]
         return np.concatenate(parts)[:rows]
@@ -286,7 +307,7 @@ class MlxSession(TrainSession):
         return MemoryStats(mx.get_active_memory(), mx.get_peak_memory())
 
     def close(self) -> None:
-        self._weights, self._states = {}, {}
+        self._weights, self._frozen, self._states = {}, {}, {}
         mx.clear_cache()
 
 
@@ -325,12 +346,11 @@ def _count(counters: Arrays, skipped: mx.array, norm: mx.array) -> Arrays:
 
 
 def _refuse_unsupported(options: SessionOptions) -> None:
-    if options.objective != "lm" or options.adapter is not None:
+    if options.objective != "lm":
         raise BackendError(
-            f"the MLX backend has no objective {options.objective!r} with adapter"
-            f" {options.adapter!r}",
-            why="it trains all parameters on the language-model loss",
-            fix="use objective `lm` without an adapter",
+            f"the MLX backend has no objective {options.objective!r}",
+            why="it trains on the language-model loss",
+            fix="use objective `lm`",
         )
     if options.optimizer.state_bits == 16:
         raise BackendError(

@@ -79,15 +79,22 @@ def read_weights(
     Raises:
         IntegrityError: names the missing, unexpected and misshapen ones.
     """
-    names = set(source.names()) - ({"lm_head.weight"} if may_tie else set())
-    arrays, problems = _read(source, names, expected, exact=False)
+    return dict(read_each(source, expected, may_tie=may_tie))
+
+
+def read_each(
+    source: TensorSource, expected: Expected, *, may_tie: bool = False
+) -> Iterator[tuple[str, mx.array]]:
+    """`read_weights` one at a time, for who does not keep them as they are. Names are looked at
+    before the first is read, shapes as they come."""
+    problems: list[str] = []
+    yield from _read(source, expected, problems, may_tie=may_tie)
     if problems:
         raise IntegrityError(
             f"the weights do not fit this model: {'; '.join(problems[:20])}",
             why=f"{len(problems)} of {len(expected)} tensors differ from its name table",
             fix="use the configuration that the weights were saved with",
         )
-    return arrays
 
 
 def read_states(source: TensorSource, expected: Expected) -> dict[str, mx.array]:
@@ -96,7 +103,8 @@ def read_states(source: TensorSource, expected: Expected) -> dict[str, mx.array]
     Raises:
         IntegrityError: names what is missing, unexpected, or of another dtype or shape.
     """
-    arrays, problems = _read(source, set(source.names()), expected, exact=True)
+    problems: list[str] = []
+    arrays = dict(_read(source, expected, problems, exact=True))
     if problems:
         shown = ", ".join(problems[:8]) + (", ..." if len(problems) > 8 else "")
         raise IntegrityError(
@@ -108,12 +116,18 @@ def read_states(source: TensorSource, expected: Expected) -> dict[str, mx.array]
 
 
 def _read(
-    source: TensorSource, names: set[str], expected: Expected, *, exact: bool
-) -> tuple[dict[str, mx.array], list[str]]:
-    """(the arrays, what is wrong); nothing is read where names differ."""
-    problems = [f"missing {name}" for name in expected if name not in names]
+    source: TensorSource,
+    expected: Expected,
+    problems: list[str],
+    *,
+    exact: bool = False,
+    may_tie: bool = False,
+) -> Iterator[tuple[str, mx.array]]:
+    """The arrays that fit; `problems` takes up what is wrong. Nothing is read where names differ.
+    `exact`: the dtype must be the expected one."""
+    names = set(source.names()) - ({"lm_head.weight"} if may_tie else set())
+    problems += [f"missing {name}" for name in expected if name not in names]
     problems += [f"unexpected {name}" for name in sorted(names - set(expected))]
-    arrays: dict[str, mx.array] = {}
     for name, (dtype, shape) in expected.items() if not problems else ():
         host = source.read(name)
         allowed = (TAGS[dtype],) if exact else ("F32", "F16", "BF16")
@@ -122,6 +136,6 @@ def _read(
         elif host.dtype not in allowed:
             problems.append(f"{name} is {host.dtype} instead of {' or '.join(allowed)}")
         else:
-            arrays[name] = from_host(host).astype(dtype)
-            mx.eval(arrays[name])
-    return arrays, problems
+            array = from_host(host).astype(dtype)
+            mx.eval(array)
+            yield name, array

@@ -35,6 +35,8 @@ UNTIED = ModelConfig(
     qk_norm=True,
 )  # fmt: skip
 TIED = UNTIED.model_copy(update={"tie_word_embeddings": True, "qk_norm": False})
+# Every row a multiple of 64, the length of the groups of the codecs of a frozen base.
+QUANTISABLE = TIED.model_copy(update={"hidden_size": 64, "head_dim": 16, "intermediate_size": 128})
 REAL_VOCAB_SIZE = 90  # ids from here on are padding rows
 ROWS, POSITIONS = 6, 24
 LR = 5e-3

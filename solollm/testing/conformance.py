@@ -30,7 +30,7 @@ from solollm.testing import (
     conformance_state,
     conformance_training,
 )
-from solollm.testing.bench import TIED, UNTIED, Bench
+from solollm.testing.bench import QUANTISABLE, TIED, UNTIED, Bench
 
 Check = Callable[[Bench], None]
 
@@ -79,6 +79,6 @@ def cases(
     for kind in capabilities.adapters:
         quantised = kind.startswith("qlora")
         adapter = AdapterOptions(rank=4, alpha=8.0, base_bits=4 if quantised else None)
-        tuned = Bench(backend, TIED if quantised else UNTIED, adamw, options, adapter)
+        tuned = Bench(backend, QUANTISABLE if quantised else UNTIED, adamw, options, adapter)
         result += [Case(check, tuned) for check in conformance_adapters.CHECKS]
     return result

@@ -21,7 +21,7 @@ from solollm_torch.model import Decoder
 from solollm_torch.optim import Optimizer as TorchOptimizer
 from solollm_torch.session import TorchSession
 
-from solollm.architecture import ModelConfig, initial_parameters
+from solollm.architecture import ModelConfig, initial_parameters, parameter_table
 from solollm.backend import Batch, DictSource, Plan, SessionOptions
 from solollm.config import OptimizerTable, ScheduleTable
 from solollm.schedule import lr_at
@@ -96,7 +96,7 @@ def test_sixty_recorded_gradients_give_torchs_weights(
     theirs = {n: torch.from_numpy(array.copy()) for n, array in initial.items()}
     reference = TorchOptimizer(theirs, model=tiny_config, table=table)
     weights = {n: mx.array(array) for n, array in initial.items()}
-    optimizer = MlxOptimizer(tiny_config, table, compiled=False)
+    optimizer = MlxOptimizer(parameter_table(tiny_config), table, compiled=False)
     states = optimizer.initial_states()
     for step, gradients in enumerate(recorded_gradients(tiny_config, make_batch)):
         lr = lr_at(step, total_steps=STEPS, peak_lr=3e-3, table=ScheduleTable(name="cosine"))

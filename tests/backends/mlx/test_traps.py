@@ -109,7 +109,7 @@ def test_a_compiled_session_takes_other_shapes(
 def test_the_first_adamw_step_is_one_learning_rate(tiny_config: ModelConfig) -> None:
     """Guards bias correction, which MLX's own AdamW leaves out by default."""
     table = OptimizerTable(name="adamw", weight_decay=0.0)
-    optimizer = Optimizer(tiny_config, table, compiled=False)
+    optimizer = Optimizer(parameter_table(tiny_config), table, compiled=False)
     specs = parameter_table(tiny_config)
     weights = {spec.name: mx.zeros(spec.shape) for spec in specs}
     gradients = {spec.name: mx.full(spec.shape, -0.3) for spec in specs}

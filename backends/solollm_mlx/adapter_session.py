@@ -1,0 +1,101 @@
+"""Training an adapter over a frozen base: the step of `session` with the projections of `adapter`.
+
+The base goes into the compiled step as an argument beside the factors, in the compute dtype or in
+codes. It has no masters, no gradients and no states.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from functools import partial
+
+import mlx.core as mx
+import numpy as np
+
+from solollm.adapters import AdapterOptions, adapter_pairs, adapter_table
+from solollm.architecture import ModelConfig, initial_parameter
+from solollm.backend import Batch, Engine, EngineOptions, Plan, SessionOptions, TensorSource
+from solollm.errors import BackendError, ConfigError
+from solollm_mlx import loss
+from solollm_mlx.adapter import adapted_project, beside_base, read_base
+from solollm_mlx.mlx_lm_adapter import Lora
+from solollm_mlx.model import Weights
+from solollm_mlx.optim import Arrays
+from solollm_mlx.session import MlxSession
+
+
+class AdapterSession(MlxSession):
+    """See `solollm.backend.TrainSession`; `options.adapter` is set."""
+
+    def __init__(
+        self, model: ModelConfig, options: SessionOptions, plan: Plan, group: mx.distributed.Group
+    ) -> None:
+        """A session with the adapter's first values and without a base.
+
+        Raises:
+            BackendError, ConfigError: as `MlxSession`, and for an optimizer that trains no adapter.
+        """
+        assert options.adapter is not None
+        _refuse_unsupported(options)
+        self._adapter: AdapterOptions = options.adapter
+        super().__init__(model, options, plan, group)
+        self._project = partial(adapted_project, scale=self._adapter.scale)
+        self._summed_loss = loss.summed_loss_under
+
+    def _initial_weights(self, options: SessionOptions) -> Weights:
+        return {
+            spec.name: mx.array(initial_parameter(spec, self._adapter.seed))
+            for spec in adapter_table(self._model, self._adapter)
+        }
+
+    def import_base(self, source: TensorSource) -> None:
+        self._frozen = read_base(source, self._model, self._adapter, self._dtype)
+
+    def _whole(self, weights: Weights, frozen: Weights) -> Weights:
+        return frozen | beside_base(weights)
+
+    def _gradients(self, batch: Batch) -> tuple[mx.array, Arrays]:
+        self._require_base()
+        return super()._gradients(batch)
+
+    def token_logprobs(self, batch: Batch, *, adapter: bool = True) -> np.ndarray:
+        self._require_base()
+        return self._logprobs_under(self._weights if adapter else {}, batch)
+
+    def engine(self, options: EngineOptions) -> Engine:
+        from solollm_mlx.engine import MlxEngine
+
+        self._require_base()
+        if options.compute_dtype == "auto":
+            options = replace(options, compute_dtype=self._plan.compute_dtype)
+        pairs = {
+            pair.base.name.removesuffix(".weight"): (
+                self._weights[pair.a.name], self._weights[pair.b.name],
+            )
+            for pair in adapter_pairs(self._model, self._adapter)
+        }  # fmt: skip
+        lora = Lora(pairs, self._adapter.scale)
+        return MlxEngine(self._frozen, self._model, options, lora=lora)
+
+    def _require_base(self) -> None:
+        if not self._frozen:
+            raise BackendError(
+                "this session trains an adapter and has no base yet",
+                fix="call import_base with the tensors of the model that the adapter is for",
+            )
+
+
+def _refuse_unsupported(options: SessionOptions) -> None:
+    table = options.optimizer
+    if table.name != "adamw":
+        raise BackendError(
+            f"an adapter is not trained with {table.name}",
+            why="it orthogonalises whole weight matrices, and an adapter's factors are none",
+            fix='set optimizer.name = "adamw"',
+        )
+    if table.clip != "exact":
+        raise ConfigError(
+            f"an adapter is not trained with {table.clip} clipping",
+            why="its gradients are small and all held at once, so that the exact norm is free",
+            fix='set optimizer.clip = "exact"',
+        )
