@@ -104,7 +104,8 @@ class Batch:
             session returns sum / denominator and never a mean of means.
         token_weights: float32 [B, T], a factor per target.
         reference_logprobs, advantages: float32 [B, T]; DPO's and GRPO's.
-        pair_ids: int32 [B]; rows 2k and 2k+1 are chosen and rejected of pair k, never split.
+        pair_ids: int32 [B]; rows 2k and 2k+1 are chosen and rejected of pair k, never split. DPO's
+            denominator counts pairs.
 
     Every rank receives the same global batch and takes a contiguous slice of rows.
     """
@@ -189,11 +190,15 @@ class Snapshot(ABC):
 class SessionOptions:
     """How a session trains; everything that is neither the model nor the plan. With an `adapter`
     only its tensors are trained, exported and imported, under the names of
-    `solollm.adapters.adapter_table`; the frozen base comes through `TrainSession.import_base`."""
+    `solollm.adapters.adapter_table`; the frozen base comes through `TrainSession.import_base`.
+    `solollm.preference` says what DPO and GRPO compute with `beta`, and DPO with
+    `label_smoothing`."""
 
     optimizer: OptimizerTable
     seed: int = 0
     objective: Objective = "lm"
+    beta: float = 0.0
+    label_smoothing: float = 0.0
     adapter: AdapterOptions | None = None
     backend_options: Mapping[str, bool | int | float | str] = field(default_factory=dict)
 

@@ -24,7 +24,7 @@ LAYERS = (
     "architecture adapters config dial durable strictfile confined hardware devices state_bytes"
     " optim_codec affine_codec nf4_codec signals vitals macos linux_machine host",
     "tensorheader tensorfile adapted backend rounding sampling engine_input tokenizer_format"
-    " tokenizer fast_encoding tokenizer_training chat_template",
+    " tokenizer fast_encoding tokenizer_training chat_template preference",
     "data schedule manifest certificate frozen_base bases checkpoint checkpoint_writer model_folder"
     " runlock runs run_log bundle archive planner registry forecast calibration reality generation"
     " tokenizer_inspection watch faults dtype_choice",
@@ -52,6 +52,7 @@ BACKEND_MAY_IMPORT = frozenset(
         "tensorfile",
         "sampling",
         "engine_input",
+        "preference",
     }
 )
 FRAMEWORKS = frozenset({"torch", "mlx", "transformers", "datasets", "tokenizers", "pyarrow"})

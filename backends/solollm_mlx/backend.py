@@ -66,7 +66,7 @@ class MlxBackend(Backend):
             device=_device_name(),
             train_dtypes=("float32", "bfloat16", "float16"),
             preferred_dtype=_training_dtype(),
-            objectives=("lm",),
+            objectives=("lm", "dpo", "grpo"),
             optimizers=("adamw", "muon"),
             state_bits=(32, 8),
             adapters=("lora", "qlora-affine4"),

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
+from functools import partial
 from typing import Any, NamedTuple
 
 import mlx.core as mx
@@ -38,12 +39,14 @@ from solollm.backend import (
     TrainSession,
 )
 from solollm.errors import BackendError, ConfigError, nearest
+from solollm.preference import require_fields, rows_at_once
 from solollm_mlx import loss
 from solollm_mlx.compiling import should_compile
 from solollm_mlx.limits import bounded_run_ahead
 from solollm_mlx.memory import step_bytes
 from solollm_mlx.model import Projection, Weights, head_weight, hidden_states, project
 from solollm_mlx.optim import GROUP_ELEMENTS, Arrays, Optimizer, Step
+from solollm_mlx.preference import HostTerms, Preference, Terms
 from solollm_mlx.state import MlxSnapshot, read_states, read_weights
 
 DTYPES = {"float32": mx.float32, "bfloat16": mx.bfloat16, "float16": mx.float16}
@@ -54,12 +57,13 @@ SCALE_PATIENCE = 1000
 
 class MicroBatch(NamedTuple):
     """One slice of rows on the device: ids and labels int32 [M, T], weights float32 [M, T] already
-    divided by the denominator, segments int32 [M, T] or None."""
+    divided by the denominator, segments int32 [M, T] or None; terms: of DPO and GRPO."""
 
     input_ids: mx.array
     labels: mx.array
     token_weights: mx.array
     segments: mx.array | None
+    terms: Terms | None = None
 
 
 class _Pending(PendingMetrics):
@@ -84,7 +88,6 @@ class MlxSession(TrainSession):
         """A session with the core's initial weights of `options.seed`.
 
         Raises:
-            BackendError: an objective that is not implemented.
             ConfigError: an unknown or unusable entry of `backend_options`.
         """
         _refuse_unsupported(options)
@@ -93,6 +96,7 @@ class MlxSession(TrainSession):
         self._dtype = DTYPES[plan.compute_dtype]
         self._step_bytes = step_bytes(model, options, plan)
         self._table = options.optimizer
+        self._objective, self._preference = options.objective, Preference.of(options)
         self._compiled = should_compile(options.backend_options.get("compile", "auto"))
         self._optimizer = Optimizer(
             trained_table(model, options.adapter), options.optimizer, compiled=self._compiled
@@ -152,6 +156,7 @@ class MlxSession(TrainSession):
 
     def _gradients(self, batch: Batch) -> tuple[mx.array, Arrays]:
         """(loss, gradients times the loss scale) of the whole batch, over all ranks."""
+        require_fields(batch, self._objective, self._preference.beta if self._preference else 0.0)
         total: mx.array = mx.zeros((), mx.float32)
         gradients: Arrays = {}
         for micro in self._micro_batches(batch, *self._own_rows(batch)):
@@ -175,23 +180,29 @@ class MlxSession(TrainSession):
         self, weights: Weights, frozen: Weights, counters: Arrays, micro: MicroBatch
     ) -> tuple[mx.array, Arrays]:
         """(loss, gradients times the loss scale), summed over the micro-batch."""
-        input_ids, labels, token_weights, segments = micro
+        input_ids, labels, token_weights, segments, terms = micro
         scale = counters.get("loss_scale", mx.array(1.0))
         token_weights = (token_weights * scale).reshape(-1)
 
-        def scaled_loss(weights: Weights) -> mx.array:
+        def scaled_loss(weights: Weights) -> tuple[mx.array, mx.array]:
             whole = self._whole(weights, frozen)
             hidden = hidden_states(
                 whole, input_ids, segments, config=self._model, dtype=self._dtype,
                 checkpointing=self._plan.activation_checkpointing, project=self._project,
             )  # fmt: skip
-            hidden = hidden.reshape(-1, hidden.shape[-1])  # [M T, C]
-            return self._summed_loss(hidden, head_weight(whole), labels.reshape(-1), token_weights)
+            head = head_weight(whole)
+            if self._preference is not None and terms is not None:
+                return self._preference.summed_loss(
+                    hidden, head, labels, terms=terms, scale=scale, follow=self._summed_loss
+                )
+            flat = hidden.reshape(-1, hidden.shape[-1])  # [M T, C]
+            total = self._summed_loss(flat, head, labels.reshape(-1), token_weights)
+            return total, total / scale
 
         gradient_function: Any = mx.value_and_grad(scaled_loss)  # its types know no dict
         total: mx.array
-        total, gradients = gradient_function(weights)
-        return total / scale, gradients
+        (_, total), gradients = gradient_function(weights)
+        return total, gradients
 
     def _whole(self, weights: Weights, frozen: Weights) -> Weights:
         """All that the decoder computes with, of what is trained and what is not."""
@@ -214,7 +225,7 @@ class MlxSession(TrainSession):
 
     def _token_logprobs(self, weights: Weights, frozen: Weights, micro: MicroBatch) -> mx.array:
         """float32 [M, T]: log p(label), 0 where there is no target."""
-        input_ids, labels, _, segments = micro
+        input_ids, labels, _, segments, _ = micro
         whole = self._whole(weights, frozen)
         hidden = hidden_states(
             whole, input_ids, segments, config=self._model, dtype=self._dtype,
@@ -241,17 +252,20 @@ class MlxSession(TrainSession):
 
     def _own_rows(self, batch: Batch) -> tuple[int, int]:
         """First and last (exclusive) row of this rank's slice."""
-        rows = len(batch.input_ids)
-        ends = (rows * self.rank // self.world_size, rows * (self.rank + 1) // self.world_size)
-        return ends
+        together = 2 if self._objective == "dpo" else 1  # a pair stays on one rank
+        units = len(batch.input_ids) // together
+        first, last = (units * rank // self.world_size for rank in (self.rank, self.rank + 1))
+        return first * together, last * together
 
     def _micro_batches(self, batch: Batch, first: int, last: int) -> Iterator[MicroBatch]:
         """Rows `first` to `last` in slices of one fixed shape; the last is filled with rows that
         have no target, since a new shape would be compiled anew."""
-        size = self._plan.micro_batch_size
+        size = rows_at_once(self._objective, self._plan.micro_batch_size)
         weights = np.full(batch.labels.shape, 1.0 / batch.denominator, np.float32)
         if batch.token_weights is not None:
             weights = (batch.token_weights / batch.denominator).astype(np.float32)
+
+        terms = None if self._preference is None else HostTerms.of(batch)
 
         def filled(array: np.ndarray, fill: int, start: int) -> mx.array:
             part = array[start : min(start + size, last)]
@@ -265,6 +279,7 @@ class MlxSession(TrainSession):
                 filled(batch.labels, IGNORED, start),
                 filled(weights, 0, start),
                 None if segments is None else filled(segments, 0, start),
+                None if terms is None else terms.uploaded(partial(filled, fill=0, start=start)),
             )
 
     def engine(self, options: EngineOptions) -> Engine:
@@ -346,12 +361,6 @@ def _count(counters: Arrays, skipped: mx.array, norm: mx.array) -> Arrays:
 
 
 def _refuse_unsupported(options: SessionOptions) -> None:
-    if options.objective != "lm":
-        raise BackendError(
-            f"the MLX backend has no objective {options.objective!r}",
-            why="it trains on the language-model loss",
-            fix="use objective `lm`",
-        )
     if options.optimizer.state_bits == 16:
         raise BackendError(
             "the MLX backend does not hold optimizer states in 16 bits",

@@ -73,7 +73,7 @@ class TorchBackend(Backend):
             device=str(device),
             train_dtypes=("float32", "bfloat16") if bf16 else ("float32",),
             preferred_dtype="bfloat16" if bf16 and device.type == "cuda" else "float32",
-            objectives=("lm",),
+            objectives=("lm", "dpo", "grpo"),
             optimizers=("adamw", "muon"),
             state_bits=(32, 16, 8),
             adapters=("lora", "qlora-nf4") if find_spec("bitsandbytes") else ("lora",),

@@ -8,7 +8,7 @@ stochastically at every update. What is computed with is the float32 or bfloat16
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import torch
 from torch import Tensor
@@ -16,6 +16,9 @@ from torch import Tensor
 from solollm.backend import DType
 from solollm.errors import ConfigError
 from solollm_torch.split_master import join, split
+
+if TYPE_CHECKING:
+    from solollm_torch.model import Decoder
 
 Master = Literal["float32", "split", "bfloat16"]
 WEIGHT_DTYPES: Mapping[Master, torch.dtype] = {
@@ -80,3 +83,11 @@ def master_option(given: Mapping[str, bool | int | float | str], default: Master
     raise ConfigError(
         f"master = {chosen!r} is not a way to hold weights", fix="use float32, split or bfloat16"
     )
+
+
+def masters_of(decoder: Decoder, *, split: bool) -> Masters:
+    """The decoder's weights; split: with a residual for each."""
+    if not split:
+        return Masters(decoder.masters())
+    residuals = {p: torch.zeros_like(p, dtype=torch.int16) for p in decoder.parameters()}
+    return Masters(decoder.masters(), decoder.canonical_views(lambda p: residuals[p]))

@@ -226,7 +226,8 @@ class StreamingSession(TorchSession):
             ring.release(index)
         x.requires_grad_()
         hidden = ends.final_norm(x)
-        loss, gradient = self._switches.loss(hidden, ends.head_weight, targets, batch.denominator)
+        head = ends.head_weight
+        loss, gradient = self._head_loss(hidden, head, targets, batch=batch, rows=rows)
         torch.autograd.backward(hidden, gradient)
         between(loss)
         assert x.grad is not None, "the hidden states depend on the last block's output"

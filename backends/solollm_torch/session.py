@@ -38,6 +38,7 @@ from solollm.backend import (
     TrainSession,
 )
 from solollm.errors import BackendError
+from solollm.preference import rows_at_once
 from solollm_torch.attention import Segments
 from solollm_torch.compiling import compile_blocks, should_compile
 from solollm_torch.fp8 import fp8_linear
@@ -49,12 +50,14 @@ from solollm_torch.gradients import (
     padded_size,
 )
 from solollm_torch.kernels import OFF as KERNELS_OFF
+from solollm_torch.kernels import Kernels
 from solollm_torch.kernels import choose as choose_kernels
 from solollm_torch.loss import Targets, token_nll
-from solollm_torch.masters import WEIGHT_DTYPES, Masters, master_option
+from solollm_torch.masters import WEIGHT_DTYPES, master_option, masters_of
 from solollm_torch.model import Block, Decoder
 from solollm_torch.ops import linear
 from solollm_torch.optim import Optimizer
+from solollm_torch.preference import Preference
 from solollm_torch.process import set_up_process
 from solollm_torch.state import TorchSnapshot, load_parameters, load_states
 from solollm_torch.state_specs import zero_states
@@ -101,13 +104,15 @@ class TorchSession(TrainSession):
         """A session with the core's initial weights of `options.seed`.
 
         Raises:
-            BackendError: an objective, adapter or compute dtype that is not implemented.
+            BackendError: a compute dtype that is not implemented.
             ConfigError: an unknown or unusable entry of `backend_options`.
         """
-        _refuse_unsupported(options, plan)
+        _refuse_unsupported(plan)
         given = options.backend_options
         set_up_process(given, device, self.option_names)
         self._model, self._plan, self._table = model, plan, options.optimizer
+        self._preference = Preference.of(options)  # None: plain cross-entropy
+        self._rows_at_once = rows_at_once(options.objective, plan.micro_batch_size)
         self._device = device
         self._settings: dict[str, bool | int | float | str] = {"threads": torch.get_num_threads()}
         if device.type == "cuda":
@@ -124,7 +129,7 @@ class TorchSession(TrainSession):
         self._decoder = Decoder(
             model, device=device, dtype=WEIGHT_DTYPES[master], compute_dtype=compute
         )
-        self._masters = _masters_of(self._decoder, split=master == "split")
+        self._masters = masters_of(self._decoder, split=master == "split")
         if device.type != "meta":  # which holds shapes alone: the planner's bytes are counted there
             for name, weight in self._initial_weights(options.seed):
                 self._masters.write(name, weight)
@@ -273,13 +278,24 @@ class TorchSession(TrainSession):
         between forward and backward pass."""
         input_ids, segments, targets = self._upload(batch, rows)
         hidden = self._decoder(input_ids, segments)  # [M, T, C]
-        loss, gradient = self._switches.loss(
-            hidden, self._decoder.head_weight, targets, batch.denominator,
-            kernels=self._decoder.kernels,
-        )  # fmt: skip
+        head = self._decoder.head_weight
+        loss, gradient = self._head_loss(
+            hidden, head, targets, batch=batch, rows=rows, kernels=self._decoder.kernels
+        )
         begin(loss)
         torch.autograd.backward(hidden, gradient)
         return loss
+
+    def _head_loss(
+        self, hidden: Tensor, head: Tensor, targets: Targets, *, batch: Batch, rows: slice,
+        kernels: Kernels | None = None,
+    ) -> tuple[Tensor, Tensor]:  # fmt: skip
+        """The loss of some rows and its gradient by `hidden`; the head's is added to its own."""
+        if self._preference is None:
+            return self._switches.loss(hidden, head, targets, batch.denominator, kernels=kernels)
+        return self._preference.loss_and_gradient(
+            hidden, head, targets, batch=batch, rows=rows, kernels=kernels
+        )
 
     def _update_block(self, index: int, lagged: LaggedStep, norms: list[list[Tensor]]) -> None:
         if index == self._model.num_hidden_layers - 1:  # what stands above the blocks is complete
@@ -309,7 +325,7 @@ class TorchSession(TrainSession):
         return logprobs
 
     def _micro_batches(self, batch: Batch) -> Iterator[slice]:
-        size, count = self._plan.micro_batch_size, len(batch.input_ids)
+        size, count = self._rows_at_once, len(batch.input_ids)
         return (slice(start, min(start + size, count)) for start in range(0, count, size))
 
     def _upload(self, batch: Batch, rows: slice) -> tuple[Tensor, Segments | None, Targets]:
@@ -369,27 +385,13 @@ class TorchSession(TrainSession):
             torch.cuda.empty_cache()
 
 
-def _refuse_unsupported(options: SessionOptions, plan: Plan) -> None:
-    if options.objective != "lm":
-        raise BackendError(
-            f"the torch backend has no objective {options.objective!r}",
-            why="it trains on the language-model loss",
-            fix="use objective `lm`",
-        )
+def _refuse_unsupported(plan: Plan) -> None:
     if plan.compute_dtype not in DTYPES:
         raise BackendError(
             f"the torch backend does not train in {plan.compute_dtype}",
             why="float16 needs a loss scaler, and every supported card computes in bfloat16",
             fix="set train.compute_dtype to bfloat16 or float32",
         )
-
-
-def _masters_of(decoder: Decoder, *, split: bool) -> Masters:
-    """The decoder's weights; split: with a residual for each."""
-    if not split:
-        return Masters(decoder.masters())
-    residuals = {p: torch.zeros_like(p, dtype=torch.int16) for p in decoder.parameters()}
-    return Masters(decoder.masters(), decoder.canonical_views(lambda p: residuals[p]))
 
 
 def _copy_to_host(tensor: Tensor) -> Tensor:

@@ -179,7 +179,7 @@ class ShardedSession(TorchSession):
         head = weight.detach().requires_grad_()
         head.grad_dtype = torch.float32
         head.grad = torch.zeros_like(weight, dtype=torch.float32)
-        loss, gradient = self._switches.loss(hidden, head, targets, batch.denominator)
+        loss, gradient = self._head_loss(hidden, head, targets, batch=batch, rows=rows)
         begin(loss)
         weight.grad = head.grad.to(weight.dtype)  # FSDP2 reduces it with what autograd adds to it
         del head
@@ -211,11 +211,11 @@ class ShardedSession(TorchSession):
 
     def _own_micro_batches(self, batch: Batch) -> Iterator[tuple[Batch, slice]]:
         """This rank's rows of the batch, in slices. As many on every rank, since FSDP2 puts blocks
-        together on all at once: who has fewer takes part with a row without targets."""
+        together on all at once: who has fewer takes part with rows without targets."""
         together = 1 if batch.pair_ids is None else 2  # rows of a pair stay on one rank
         count = len(batch.input_ids) // together
         ends = [together * (count * r // self.world_size) for r in range(self.world_size + 1)]
-        size = self._plan.micro_batch_size
+        size = self._rows_at_once
         rounds = max(-(-(b - a) // size) for a, b in pairwise(ends))
         first, last = ends[self.rank], ends[self.rank + 1]
         blank = replace(batch, labels=np.full_like(batch.labels, IGNORED))
@@ -223,7 +223,7 @@ class ShardedSession(TorchSession):
             if start < last:
                 yield batch, slice(start, min(start + size, last))
             else:
-                yield blank, slice(0, 1)
+                yield blank, slice(0, together)
 
     def engine(self, options: EngineOptions) -> Engine:
         """Over a copy of all weights, on every rank."""

@@ -18,6 +18,7 @@ from solollm.backend import (
     Batch,
     DictSource,
     HostTensor,
+    Objective,
     Plan,
     Request,
     SamplingParams,
@@ -62,11 +63,15 @@ class Bench:
     table: OptimizerTable
     backend_options: Mapping[str, bool | int | float | str]
     adapter: AdapterOptions | None = None
+    objective: Objective = "lm"
+    beta: float = 0.0
+    label_smoothing: float = 0.0
 
     def __str__(self) -> str:
         head = "tied" if self.model.tie_word_embeddings else "untied"
         method = f"{self.adapter.method}-" if self.adapter else ""
-        return f"{method}{head}-{self.table.name}-{self.table.state_bits}bit"
+        objective = f"-{self.objective}" if self.objective != "lm" else ""
+        return f"{method}{head}-{self.table.name}-{self.table.state_bits}bit{objective}"
 
     def session(
         self,
@@ -80,6 +85,9 @@ class Bench:
         options = SessionOptions(
             optimizer=table or self.table,
             seed=seed,
+            objective=self.objective,
+            beta=self.beta,
+            label_smoothing=self.label_smoothing,
             adapter=self.adapter and self.adapter.model_copy(update={"seed": seed}),
             backend_options={**self.backend_options, **(settings or {})},
         )

@@ -11,28 +11,31 @@ A case is one check of one variant: tied and untied heads, every optimizer and s
 `capabilities` names. Its check's docstring says which bug it guards. A failed case raises
 AssertionError with the values. Nothing here needs pytest or a framework; a whole run takes seconds
 on a CPU. The checks themselves are in `conformance_training` (loss, gradients, updates),
-`conformance_state` (what crosses and comes back), `conformance_engine` (generation) and
-`conformance_adapters` (a frozen base with an adapter, where `capabilities` names it).
+`conformance_state` (what crosses and comes back), `conformance_engine` (generation) and, where
+`capabilities` names them, `conformance_adapters` (a frozen base with an adapter) and
+`conformance_preference` (DPO and GRPO).
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from solollm.adapters import AdapterOptions
 from solollm.architecture import ModelConfig
-from solollm.backend import Backend
+from solollm.backend import Backend, Objective
 from solollm.config import OptimizerTable
 from solollm.testing import (
     conformance_adapters,
     conformance_engine,
+    conformance_preference,
     conformance_state,
     conformance_training,
 )
 from solollm.testing.bench import QUANTISABLE, TIED, UNTIED, Bench
 
 Check = Callable[[Bench], None]
+_PREFERENCES: tuple[tuple[Objective, float, float], ...] = (("dpo", 0.2, 0.1), ("grpo", 0.05, 0.0))
 
 
 @dataclass(frozen=True)
@@ -76,9 +79,21 @@ def cases(
         model = (UNTIED, TIED)[index % 2]
         result += [Case(check, bench(model, variant)) for check in of_state]
     adamw = OptimizerTable(name="adamw")
+    preferences = [
+        Bench(
+            backend, UNTIED, adamw, options, objective=objective, beta=beta,
+            label_smoothing=smoothing,
+        )
+        for objective, beta, smoothing in _PREFERENCES
+        if objective in capabilities.objectives
+    ]  # fmt: skip
+    result += [Case(c, b) for b in preferences for c in conformance_preference.CHECKS]
     for kind in capabilities.adapters:
         quantised = kind.startswith("qlora")
         adapter = AdapterOptions(rank=4, alpha=8.0, base_bits=4 if quantised else None)
         tuned = Bench(backend, QUANTISABLE if quantised else UNTIED, adamw, options, adapter)
         result += [Case(check, tuned) for check in conformance_adapters.CHECKS]
+        if not quantised:
+            of_adapter = [replace(one, adapter=adapter) for one in preferences]
+            result += [Case(c, b) for b in of_adapter for c in conformance_preference.CHECKS]
     return result

@@ -16,8 +16,9 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -44,6 +45,7 @@ from solollm.backend import (
     TrainSession,
 )
 from solollm.errors import BackendError, IntegrityError
+from solollm.preference import Scored, dpo, grpo, require_fields, rows_at_once
 from solollm.tensorfile import open_weights
 from solollm.testing.toy_engine import ToyEngine
 from solollm.testing.toy_optimizer import ToyOptimizer
@@ -63,8 +65,9 @@ class ToyBackend(Backend):
 
     def capabilities(self) -> Capabilities:
         return Capabilities(
-            device="cpu", train_dtypes=("float32",), preferred_dtype="float32", objectives=("lm",),
-            optimizers=("adamw",), state_bits=(32, 8), versions={"numpy": np.__version__},
+            device="cpu", train_dtypes=("float32",), preferred_dtype="float32",
+            objectives=("lm", "dpo", "grpo"), optimizers=("adamw",), state_bits=(32, 8),
+            versions={"numpy": np.__version__},
         )  # fmt: skip
 
     def memory_costs(
@@ -118,14 +121,14 @@ class ToySession(TrainSession):
         """Raises BackendError for what this backend's `capabilities` do not name."""
         table = options.optimizer
         known = table.name == "adamw" and table.clip == "exact" and table.state_bits in (32, 8)
-        if options.objective != "lm" or not known:
+        if not known:
             raise BackendError(
-                f"the toy backend cannot train {options.objective} with {table.name} in"
+                f"the toy backend cannot train with {table.name} in"
                 f" {table.state_bits} bits and {table.clip} clipping",
-                why="it knows only the language-model loss, AdamW in 32 and 8 bits, exact clipping",
+                why="it knows only AdamW in 32 and 8 bits, and exact clipping",
                 fix='choose optimizer.name = "adamw"',
             )
-        self.model, self.plan, self.table = model, plan, table
+        self.model, self.plan, self.table, self.options = model, plan, table, options
         self.weights: Arrays = dict(initial_parameters(model, options.seed))
         self.optimizer = ToyOptimizer(model, table)
         self.updates = 0
@@ -189,26 +192,36 @@ class ToySession(TrainSession):
 
     def micro_batches(self, batch: Batch) -> Iterator[Batch]:
         """Rows of the batch, `micro_batch_size` at a time; the denominator stays the whole's."""
-        size = self.plan.micro_batch_size
+        size = rows_at_once(self.options.objective, self.plan.micro_batch_size)
+        arrays: dict[str, Any] = {
+            name: a for name, a in vars(batch).items() if isinstance(a, np.ndarray)
+        }
         for start in range(0, len(batch.input_ids), size):
             rows = slice(start, start + size)
-            yield Batch(
-                batch.input_ids[rows], batch.labels[rows], batch.denominator,
-                None if batch.segment_ids is None else batch.segment_ids[rows],
-                None if batch.token_weights is None else batch.token_weights[rows],
-            )  # fmt: skip
+            yield replace(batch, **{name: array[rows] for name, array in arrays.items()})
 
     def loss_and_gradients(self, batch: Batch) -> tuple[float, Arrays]:
         """(nats per token, fp32 gradients of the tensors that have one)."""
+        require_fields(batch, self.options.objective, self.options.beta)
         loss = 0.0
         names = {EMBEDDING, NORM, self.head}
         gradients = {name: np.zeros_like(self.weights[name]) for name in sorted(names)}
         for part in self.micro_batches(batch):
             forward = self._forward(part)
-            weight = np.float32(1 / part.denominator) * target_weights(part)  # [B, T]
-            loss -= float((weight * self._picked(part, forward)).sum(dtype=np.float64))
+            part_loss, slopes = self._objective(part, self._picked(part, forward))
+            loss += part_loss / part.denominator
+            weight = np.float32(1 / part.denominator) * -slopes.astype(np.float32)  # [B, T]
             self._backward(part, forward, weight, gradients)
         return loss, gradients
+
+    def _objective(self, batch: Batch, logprobs: np.ndarray) -> Scored:
+        options = self.options
+        if options.objective == "lm":
+            weights = target_weights(batch)
+            return Scored(-float((weights * logprobs).sum(dtype=np.float64)), -weights)
+        if options.objective == "dpo":
+            return dpo(batch, logprobs, beta=options.beta, label_smoothing=options.label_smoothing)
+        return grpo(batch, logprobs, beta=options.beta)
 
     def _forward(self, batch: Batch) -> _Forward:
         embedding, ids = self.weights[EMBEDDING], batch.input_ids

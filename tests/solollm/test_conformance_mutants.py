@@ -33,6 +33,7 @@ from solollm.backend import (
     TokenEvent,
 )
 from solollm.errors import SoloLLMError
+from solollm.preference import Scored
 from solollm.testing.conformance import Case, cases
 from solollm.testing.toy import ToyBackend, ToySession, ToySnapshot, _Done, _Forward
 from solollm.testing.toy_engine import Running, ToyDecoder, ToyEngine
@@ -460,6 +461,62 @@ class UntrainedEngine(ToyBackend):
 
 
 KILLS.append(("engine_of_a_checkpoint_equals_the_sessions", UntrainedEngine()))
+
+
+# DPO and GRPO.
+
+
+@caught_by("preference_losses_are_the_references")
+class PairsTheOtherWayRound(ToySession):
+    def _objective(self, batch: Batch, logprobs: np.ndarray) -> Scored:
+        loss, slopes = super()._objective(batch, logprobs)
+        return Scored(-loss, slopes)
+
+
+@caught_by("preference_gradients_are_the_references")
+class LossIsOnlyReported(ToySession):
+    def _objective(self, batch: Batch, logprobs: np.ndarray) -> Scored:
+        scored = super()._objective(batch, logprobs)
+        return scored if batch.reference_logprobs is None else scored._replace(slopes=-logprobs)
+
+
+@caught_by("preference_does_not_depend_on_micro_batch")
+class PairsSplit(ToySession):
+    def micro_batches(self, batch: Batch) -> Iterator[Batch]:
+        parts = list(super().micro_batches(batch))
+        for part in parts:
+            yield replace(part, denominator=batch.denominator * len(parts))
+
+
+@caught_by("preference_padding_counts_nothing")
+class PaddingIsAPair(ToySession):
+    def _objective(self, batch: Batch, logprobs: np.ndarray) -> Scored:
+        loss, slopes = super()._objective(batch, logprobs)
+        empty = (batch.labels == IGNORED).all(axis=1).sum()
+        return Scored(loss + float(np.log(2) * empty / 2), slopes)
+
+
+@caught_by("incomplete_preference_batches_are_refused")
+class ReferenceIsZero(ToySession):
+    def probe_step(self, batch: Batch) -> StepMetrics:
+        if batch.reference_logprobs is None:
+            zeros = np.zeros(batch.labels.shape, np.float32)
+            batch = replace(batch, reference_logprobs=zeros)
+        return super().probe_step(batch)
+
+
+@caught_by("non_finite_preferences_are_skipped_whole")
+class NansAreZeros(ToySession):
+    def _objective(self, batch: Batch, logprobs: np.ndarray) -> Scored:
+        loss, slopes = super()._objective(batch, logprobs)
+        return Scored(float(np.nan_to_num(loss)), np.nan_to_num(slopes))
+
+
+@caught_by("preference_training_lowers_the_loss")
+class Uphill(ToySession):
+    def _objective(self, batch: Batch, logprobs: np.ndarray) -> Scored:
+        loss, slopes = super()._objective(batch, logprobs)
+        return Scored(loss, slopes if batch.reference_logprobs is None else -slopes)
 
 
 def fails(case: Case) -> bool:

@@ -53,7 +53,7 @@ def test_missing_torch_is_a_reason_and_not_an_error(monkeypatch: pytest.MonkeyPa
 def test_capabilities_are_those_of_this_machine() -> None:
     """The planner takes the preferred dtype; it must be one that trains."""
     capabilities = TorchBackend().capabilities()
-    assert capabilities.objectives == ("lm",)
+    assert capabilities.objectives == ("lm", "dpo", "grpo")
     assert capabilities.preferred_dtype in capabilities.train_dtypes
     assert capabilities.versions["torch"] == torch.__version__
     if capabilities.device == "cpu":
