@@ -108,11 +108,12 @@ def orthogonal_rows(matrices: Sequence[Tensor], parts: Sequence[Part]) -> list[T
 
 def norm_over_ranks(gradients: Iterable[Tensor]) -> Tensor:
     """The norm of all ranks' rows of some gradients, fp32 0-dim. Collective."""
+    gradients = list(gradients)
     norms = gradient_norms([g for g in gradients if g.numel()])
     if dist.get_world_size() == 1:
         alone: Tensor = torch.linalg.vector_norm(torch.stack(norms))
         return alone
-    squares = torch.zeros((), dtype=torch.float64)
+    squares = torch.zeros((), dtype=torch.float64, device=gradients[0].device)
     if norms:
         squares = torch.stack(norms).double().square().sum()
     dist.all_reduce(squares)
@@ -123,8 +124,9 @@ class HookedUpdates:
     """A lagged step (`units`) made in FSDP2's gradient hooks: a unit is updated when it has
     reduced the last of its gradients, which are given up at once.
 
-    That happens on a thread of its own while the backward pass goes on below, except where an
-    update has to talk to other ranks: exchanges keep one order.
+    With the state on the host that happens on a thread of its own, while the backward pass goes on
+    below; except where an update has to talk to other ranks, since exchanges keep one order. On a
+    card it is queued where FSDP2 queued the gradients.
     """
 
     def __init__(
@@ -180,7 +182,8 @@ class HookedUpdates:
         gradients = self._take(self._units[unit])
         norm = None if self._alone else norm_over_ranks(gradients.values())
         update = partial(self._update, unit, gradients, norm, step=self._step)
-        if self._alone or not self._optimizers[unit].is_collective:
+        on_host = all(gradient.device.type == "cpu" for gradient in gradients.values())
+        if on_host and not self._optimizers[unit].is_collective:
             self._under_way.append(self._worker.submit(update))
         else:
             update()

@@ -11,6 +11,7 @@ other rank, while the backward pass of the blocks below goes on.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
@@ -73,6 +74,8 @@ class ShardedSession(TorchSession):
         _refuse_shared_codes(options, self.world_size)
         _refuse_other_offload(given, self.world_size)
         master = master_option(given, "float32")
+        if given.get("gradients") == "float32" and master != "float32":
+            warnings.warn("`gradients` has no effect with FSDP2: they are bfloat16", stacklevel=5)
         offload = given.get("offload", "none") == "fsdp"
         decoder = Decoder(
             model, device="meta", dtype=WEIGHT_DTYPES[master],

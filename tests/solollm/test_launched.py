@@ -161,7 +161,7 @@ def test_torchrun_ends_with_an_error_when_a_rank_dies(tmp_path: Path, settings: 
     path = tmp_path / "run"
     launch = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
     launch += ["--rdzv-backend", "c10d", "--rdzv-endpoint", "127.0.0.1:0"]
-    words = ["-m", "solollm", "pretrain", "--config", str(settings), "--run", str(path)]
+    words = ["-m", "--", "solollm", "pretrain", "--config", str(settings), "--run", str(path)]
     started = subprocess.Popen(
         [*launch, *words, "--backend", "torch"], env=os.environ | {"OMP_NUM_THREADS": "1"}
     )
