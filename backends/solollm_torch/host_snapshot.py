@@ -18,9 +18,8 @@ from solollm_torch.state import TAGS, Specs, to_host
 
 
 class HostSnapshot(Snapshot):
-    """See `solollm.backend.Snapshot`; tensors are copied one at a time as they are read."""
-
-    is_live = True
+    """See `solollm.backend.Snapshot`; tensors are copied one at a time as they are read. Nobody need
+    wait for it (`is_live`): the next update does, if it comes before the snapshot is closed."""
 
     def __init__(
         self,

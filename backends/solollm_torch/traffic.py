@@ -19,7 +19,12 @@ from typing import NamedTuple
 
 from solollm.architecture import ModelConfig
 from solollm.config import OptimizerTable
-from solollm_torch.layout import BlockLayout, end_specs, update_bytes_per_element
+from solollm_torch.layout import (
+    BlockLayout,
+    end_specs,
+    slot_bytes,
+    update_bytes_per_element,
+)
 from solollm_torch.masters import WEIGHT_DTYPES, Master
 
 
@@ -61,6 +66,21 @@ def step_traffic(
     return Traffic(
         passes * layout.weight_bytes + updates + residuals, weights + updates + residuals
     )
+
+
+def device_bytes(
+    model: ModelConfig, table: OptimizerTable, how: Streaming, *, gradient_item: int, chunk: int
+) -> dict[str, int]:
+    """What lies on the device from beginning to end, by name: a block's activations, the loss's
+    chunk and the block inputs come to it. `chunk`: elements that an update decodes at once."""
+    layout, item = BlockLayout.of(model, table, how.master), WEIGHT_DTYPES[how.master].itemsize
+    ends = sum(math.prod(spec.shape) for spec in end_specs(model))
+    return {
+        "weight slots": min(how.num_slots, model.num_hidden_layers) * layout.weight_bytes,
+        "update slots": 2 * slot_bytes(model, table, how.master, chunk),
+        "embedding, norm, head": item * ends,
+        "gradients": gradient_item * model.num_parameters(),
+    }
 
 
 def host_bytes(model: ModelConfig, table: OptimizerTable, master: Master) -> int:

@@ -10,11 +10,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from solollm_torch import optim
+from solollm_torch import offload, optim
 from solollm_torch.backend import TorchBackend
+from solollm_torch.lanes import CpuLanes
 from solollm_torch.offload import StreamingSession
 from solollm_torch.session import TorchSession
-from solollm_torch.traffic import Streaming, host_bytes, step_traffic
+from solollm_torch.traffic import Streaming, device_bytes, host_bytes, step_traffic
 
 from solollm.architecture import ModelConfig
 from solollm.backend import Batch, DictSource, HostTensor, Plan, SessionOptions, TrainSession
@@ -202,6 +203,30 @@ def test_host_bytes_are_those_allocated(make: Make, model: ModelConfig) -> None:
     )  # fmt: skip
     counted = sum(b.nbytes for b in blocks) + ends
     assert counted == host_bytes(model, OptimizerTable(name="adamw", state_bits=8), "split")
+
+
+def test_device_bytes_are_those_allocated(
+    make: Make, model: ModelConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What the planner counts against the card's memory."""
+    allocated: list[int] = []
+
+    class Counted(CpuLanes):
+        def device_buffer(self, num_bytes: int) -> torch.Tensor:
+            allocated.append(num_bytes)
+            return super().device_buffer(num_bytes)
+
+    monkeypatch.setattr(offload, "lanes_for", lambda device: Counted())
+    session = make()
+    table = OptimizerTable(name="adamw", state_bits=8)
+    counted = device_bytes(
+        model, table, Streaming(), gradient_item=4, chunk=optim.chunk_elements(torch.device("cpu"))
+    )
+    assert sum(allocated) == counted["weight slots"] + counted["update slots"]
+    held = sum(p.nbytes for p in session._decoder.parameters())
+    assert held == counted["embedding, norm, head"]
+    gradients = sum(gradient.nbytes for gradient in session._gradients.values())
+    assert gradients == counted["gradients"]
 
 
 def test_device_holds_two_blocks_and_no_state(
