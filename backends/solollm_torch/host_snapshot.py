@@ -18,8 +18,9 @@ from solollm_torch.state import TAGS, Specs, to_host
 
 
 class HostSnapshot(Snapshot):
-    """See `solollm.backend.Snapshot`; tensors are copied one at a time as they are read. Nobody need
-    wait for it (`is_live`): the next update does, if it comes before the snapshot is closed."""
+    """See `solollm.backend.Snapshot`; tensors are copied one at a time as they are read.
+
+    It is not `is_live`, nobody need wait for it: an update that comes before its end does."""
 
     def __init__(
         self,
