@@ -49,8 +49,9 @@ class ApiError(Exception):
         if self.closes:
             found["connection"] = "close"
         if self.status == 401:
-            # Basic, too, so that a browser asks for the key: any user name, the key as password.
-            found["www-authenticate"] = 'Bearer, Basic realm="SoloLLM", charset="UTF-8"'
+            # So that a browser asks for the key: any user name, the key as password. Bearer is not
+            # named beside it, because Chromium reads one scheme per header and asks for no other.
+            found["www-authenticate"] = 'Basic realm="SoloLLM", charset="UTF-8"'
         return found
 
 

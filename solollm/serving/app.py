@@ -13,7 +13,6 @@ import secrets
 import time
 from collections.abc import AsyncGenerator, Awaitable, Callable
 from dataclasses import dataclass
-from importlib.resources import files
 from typing import Any
 
 from starlette.applications import Starlette
@@ -27,7 +26,8 @@ from solollm.serving import objects
 from solollm.serving.access import AccessControl, AccessRules
 from solollm.serving.answering import Answer, Piece, Timing
 from solollm.serving.api_errors import ApiError, invalid
-from solollm.serving.catalogue import Catalogue
+from solollm.serving.catalogue import Catalogue, ServedModel
+from solollm.serving.chat_page import chat_page
 from solollm.serving.http import EventStream, json_response, read_request, until_disconnect
 from solollm.serving.limits import Limits
 from solollm.serving.metrics import Metrics
@@ -42,15 +42,6 @@ from solollm.serving.token_engine import (
 )
 
 _LOG = logging.getLogger("solollm.serving")
-_PAGE_HEADERS = {
-    "content-security-policy": "default-src 'none'; script-src 'unsafe-inline'; style-src"
-    " 'unsafe-inline'; img-src data:; connect-src 'self'; base-uri 'none'; form-action 'none';"
-    " frame-ancestors 'none'",
-    "referrer-policy": "no-referrer",
-    "x-content-type-options": "nosniff",
-    "cache-control": "no-store",
-}
-
 _Handler = Callable[[Request], Awaitable[Response]]
 
 
@@ -76,17 +67,17 @@ class Front:
         return Response(content, headers={"content-type": self.metrics.content_type})
 
     async def models(self, request: Request) -> Response:
-        cards = [objects.model_card(m.name, m.created, m.root) for m in self.catalogue]
+        cards = [_card(m) for m in self.catalogue]
         return json_response({"object": "list", "data": cards})
 
     async def model(self, request: Request) -> Response:
         found = self.catalogue.find(request.path_params["name"])
-        return json_response(objects.model_card(found.name, found.created, found.root))
+        return json_response(_card(found))
 
     async def page(self, request: Request) -> Response:
         """The page for people; it speaks to this server alone."""
-        content = files("solollm.serving").joinpath("page.html").read_bytes()
-        return Response(content, headers=_PAGE_HEADERS, media_type="text/html")
+        found = chat_page()
+        return Response(found.content, headers=found.headers, media_type="text/html")
 
     async def chat(self, request: Request) -> Response:
         timing = Timing()
@@ -262,6 +253,10 @@ async def _routing_error(request: Request, error: Exception) -> Response:
     messages = {404: "there is nothing at this address", 405: "this method is not offered here"}
     problem = ApiError(status, messages.get(status, "the request failed"), code="not_found")
     return json_response(problem.body(), status=status)
+
+
+def _card(model: ServedModel) -> objects.Document:
+    return objects.model_card(model.name, model.created, model.root, is_chat=model.is_chat)
 
 
 def _event(*documents: Any) -> bytes:

@@ -118,9 +118,13 @@ class Chunks:
         return self._head.document(self._kind, choices=[choice], **self._more)
 
 
-def model_card(name: str, created: int, root: str) -> Document:
-    """An entry of /v1/models; `root` is the model an adapter belongs to, or the model itself."""
-    return {"id": name, "object": "model", "created": created, "owned_by": "solollm", "root": root}
+def model_card(name: str, created: int, root: str, *, is_chat: bool) -> Document:
+    """An entry of /v1/models; `root` is the model an adapter belongs to, or the model itself.
+    `chat`, ours: whether it was tuned to answer."""
+    return {
+        "id": name, "object": "model", "created": created, "owned_by": "solollm", "root": root,
+        "chat": is_chat,
+    }  # fmt: skip
 
 
 def _call(call: CalledTool) -> Document:
