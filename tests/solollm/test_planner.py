@@ -7,12 +7,20 @@ from typing import Any
 import pytest
 
 from solollm.architecture import ModelConfig
-from solollm.backend import Backend, Capabilities, ComputeDType, MemoryCosts, Probe, SessionOptions
+from solollm.backend import (
+    Backend,
+    Capabilities,
+    ComputeDType,
+    MemoryCosts,
+    Probe,
+    Ranks,
+    SessionOptions,
+)
 from solollm.config import OptimizerTable, RunConfig, parse_config
 from solollm.dial import preset
 from solollm.errors import ConfigError, PlanError
 from solollm.hardware import Gpu, Machine
-from solollm.planner import Plan, format_bytes, memory_limit_bytes, plan
+from solollm.planner import Plan, Room, format_bytes, memory_limit_bytes, plan, room_of_all
 
 MIB = 1 << 20
 MODEL = preset("15m", 8192)
@@ -157,3 +165,23 @@ def test_format_bytes() -> None:
     """Units off by 1024, or digits lost."""
     sizes = [0, 1023, 1536, 5 << 30, 3 << 50]
     assert [format_bytes(n) for n in sizes] == ["0 B", "1023 B", "1.5 KiB", "5 GiB", "3.07e+03 TiB"]
+
+
+class Poorer(Ranks):
+    """One of two ranks of this machine; the other has 3 GB of memory and a card of 9."""
+
+    world_size, local_world_size = 2, 2
+
+    def largest(self, *values: float) -> tuple[float, ...]:
+        return tuple(map(max, values, (-9e9, -3e9)))
+
+
+def test_several_ranks_plan_with_what_the_poorest_has() -> None:
+    """Each with its own plan, ranks take different micro-batches and wait for each other; each with
+    all of a shared memory, they take it twice."""
+    card = room_of_all(Room(12_000_000_000, 16_000_000_000, is_cpu=False), Poorer())
+    assert (card.device_bytes, card.host_bytes) == (9_000_000_000, 3_000_000_000)
+    shared = room_of_all(Room(12_000_000_000, 4_000_000_000, is_cpu=False), Poorer())
+    assert shared.host_bytes == 2_000_000_000
+    assert room_of_all(Room(12_000_000_000), Poorer()).device_bytes == 6_000_000_000
+    assert room_of_all(Room(12_345), Ranks()) == Room(12_345)

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from solollm_torch.memory import CPU_PROCESS_BYTES, memory_costs
+from solollm_torch.memory import CPU_PROCESS_BYTES, memory_costs, sharded_costs
 from solollm_torch.session import TorchSession
 
 from solollm.architecture import ModelConfig
@@ -81,3 +81,21 @@ def test_process_without_a_model_is_the_fixed_part() -> None:
     command = [sys.executable, "-c", code]
     resident = int(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
     assert 0.3 * CPU_PROCESS_BYTES < resident < 1.15 * CPU_PROCESS_BYTES
+
+
+def test_a_rank_is_planned_with_its_share_and_what_is_put_together(
+    tiny_config: ModelConfig,
+) -> None:
+    """Two cards planned as if each held the whole model refuse what they could train; a state on
+    the host that is charged to the card does so too."""
+    options = SessionOptions(OptimizerTable(name="adamw"))
+    whole = memory_costs(tiny_config, options, "float32", torch.device("cpu"))
+    for on_host in (False, True):
+        costs = sharded_costs(whole, tiny_config, "float32", world_size=2, on_host=on_host)
+        shares = costs.host_bytes if on_host else costs.state_bytes
+        for name in ("weights", "gradients", "optimizer"):
+            assert shares[name] == whole.state_bytes[name] // 2
+        assert set(costs.state_bytes) - set(whole.state_bytes) == {"put together"}
+        block = 4 * (tiny_config.num_parameters() / tiny_config.num_hidden_layers)
+        assert costs.state_bytes["put together"] > block
+        assert costs.per_token_bytes == whole.per_token_bytes
