@@ -59,6 +59,12 @@ def gathered(
 ) -> Iterator[Cargo]:
     """A run's files as they travel, its lock held; see `pack` for arguments and errors."""
     opened = Run.open(run)
+    if opened.config.finetune is not None:
+        raise ConfigError(
+            f"{run} is a fine-tuning, which cannot be packed or pushed yet",
+            why="its samples and its base would have to come along",
+            fix="copy the project folder as a whole (the run, and the base it names), or export it",
+        )
     with opened.lock():
         checkpoint = promised_checkpoint(opened, step=step, backend=backend)
         with closing(checkpoint):

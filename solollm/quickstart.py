@@ -34,6 +34,7 @@ from solollm.generation import generate
 from solollm.hardware import read_machine
 from solollm.horizon import Shape, seconds_per_step
 from solollm.quickstart_move import RoundTrip, move_and_back
+from solollm.quickstart_tuning import Tuned, tune
 from solollm.registry import Selected, select_backend
 from solollm.runs import Run
 from solollm.story import Narrator, start
@@ -106,11 +107,12 @@ def quickstart(
     measured = _held_out(run)
     trip = move_and_back(narrator, folder, run, selected.backend.name)
     _complete(narrator, run, selected)
+    tuned = None if sources else tune(narrator, folder, run, selected.backend.name)
     result = QuickstartResult(
         folder, run, measured[-1], measured[0], steps, model.num_parameters(), proof.identical,
         time.monotonic() - begun,
     )  # fmt: skip
-    _summarize(narrator, result, report, proof=proof, trip=trip)
+    _summarize(narrator, result, report, proof=proof, trip=trip, tuned=tuned)
     if not proof.identical:
         raise IntegrityError(
             f"the resumed run is not what the killed one was at step {proof.step}",
@@ -317,7 +319,7 @@ def _complete(narrator: Narrator, run: Path, selected: Selected) -> None:
 
 def _summarize(
     narrator: Narrator, result: QuickstartResult, report: CorpusReport, *, proof: _Proof,
-    trip: RoundTrip | None,
+    trip: RoundTrip | None, tuned: Tuned | None,
 ) -> None:  # fmt: skip
     narrator.stage("Done", "what was reached, what it is worth, what to type next")
     same = "yes, bit for bit" if proof.identical else "NO"
@@ -339,18 +341,19 @@ def _summarize(
             ),
             ("killed and resumed to the same state", same),
             ("moved", moved),
+            ("taught to answer", "left out: your own text" if tuned is None else str(tuned)),
             ("time", f"{result.seconds / 60:.1f} minutes"),
             ("report", str(result.run / "report.html")),
         ],
     )
     narrator.say(
         "A model of this size has learnt the look of the text: indentation, keywords, common names,"
-        " short idioms. It does not know what the words mean, cannot answer questions, and invents"
-        " what it does not know. A useful model has a thousand times its size and its text; the"
-        " steps to it are the same."
+        " short idioms. It does not know what the words mean, and invents what it does not know:"
+        " tuning taught it the form of an answer. A useful model has a thousand times its size and"
+        " its text; the steps to it are the same."
     )
     for arguments in (
-        ["chat", str(result.run)],
+        ["chat", str(result.folder / "tuned")] if tuned else ["chat", str(result.run)],
         ["generate", str(result.run), "def main("],
         ["runs", "show", str(result.run)],
         ["data", "build", "YOUR_FOLDER", "--out", "corpora/mine"],
