@@ -42,19 +42,31 @@ def write_model_folder(
         ConfigError: `out` is taken.
         StorageError: no room, or the disk fails; nothing is left at `out`.
     """
+    shards = split_shards(specs, shard_bytes)
+    index = {INDEX: encode_json(shard_index(shards))} if len(shards) > 1 else {}
+    return write_folder(out, {**files, **index}, shards, tensors)
+
+
+def write_folder(
+    out: Path,
+    files: Mapping[str, bytes],
+    weights: Mapping[str, Sequence[Spec]],
+    tensors: Iterable[tuple[str, HostTensor]],
+) -> int:
+    """The same with weight files of the caller's own: file name -> the tensors it holds, in order.
+    Raises as `write_model_folder`."""
     require_free(out)
     durable.make_directory(out.parent)
+    specs = [spec for of_file in weights.values() for spec in of_file]
     expected = sum(spec_bytes(dtype, shape) for _, dtype, shape in specs)
     durable.require_space(out.parent, int(_HEADROOM * expected))
     with swept(out), durable.staged_directory(out) as folder:
         for name, content in files.items():
             _write(folder / name, content)
-        shards, stream = split_shards(specs, shard_bytes), iter(tensors)
-        for name, shard in shards.items():
-            part = islice(stream, len(shard))
-            write_tensors(folder / name, shard, part, FOR_TRANSFORMERS)
-        if len(shards) > 1:
-            _write(folder / INDEX, encode_json(shard_index(shards)))
+        stream = iter(tensors)
+        for name, of_file in weights.items():
+            part = islice(stream, len(of_file))
+            write_tensors(folder / name, of_file, part, FOR_TRANSFORMERS)
         return sum(path.stat().st_size for path in folder.iterdir())
 
 

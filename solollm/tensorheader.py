@@ -76,7 +76,7 @@ def parse_header(raw: bytes | bytearray, file_bytes: int, path: Path) -> Header:
     if text[0] != ord("{"):
         raise refused(path, "byte 8", "the header does not begin with `{`")
     table = parse_json(text, path, "the header")
-    metadata = _read_metadata(table.pop(_METADATA, {}), path)
+    metadata = _read_metadata(table.pop(_METADATA, None), path)
     origin = len(raw)
     infos = {name: _read_tensor(name, entry, origin, path) for name, entry in table.items()}
     ordered = dict(sorted(infos.items(), key=lambda item: item[1][2:]))
@@ -126,6 +126,8 @@ def _refuse_bombs(raw: bytes | bytearray, path: Path) -> None:
 
 
 def _read_metadata(value: object, path: Path) -> dict[str, str]:
+    if value is None:  # MLX writes a null where there is nothing to say
+        return {}
     if not isinstance(value, dict) or not all(isinstance(item, str) for item in value.values()):
         raise refused(path, _METADATA, "is not a table of strings")
     for text in (*value, *value.values()):

@@ -21,8 +21,8 @@ ROOT = Path(__file__).resolve().parent.parent
 
 LAYERS = (
     "errors",
-    "architecture adapters config dial durable strictfile confined hardware devices state_bytes"
-    " optim_codec affine_codec nf4_codec signals vitals macos linux_machine host",
+    "architecture adapters mlx_lm_layout config dial durable strictfile confined hardware devices"
+    " state_bytes optim_codec affine_codec nf4_codec signals vitals macos linux_machine host",
     "tensorheader tensorfile adapted backend rounding sampling engine_input tokenizer_format"
     " tokenizer fast_encoding tokenizer_training chat_template preference",
     "data schedule manifest certificate frozen_base bases checkpoint checkpoint_writer model_folder"

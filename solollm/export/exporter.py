@@ -14,7 +14,10 @@ from typing import Any, Literal, NamedTuple
 from solollm.affine_codec import quantize
 from solollm.architecture import ModelConfig, parameter_table
 from solollm.backend import ComputeDType, DType, HostTensor, TensorSource
+from solollm.bases import is_adapter
+from solollm.completion import find_checkpoint
 from solollm.errors import ConfigError
+from solollm.export.adapter import export_mlx_lm_adapter
 from solollm.export.card import CardFacts, model_card, read_training
 from solollm.export.source import Source, open_source
 from solollm.model_folder import (
@@ -62,6 +65,9 @@ def export_model(
 ) -> ExportReport:
     """Write a run's newest checkpoint, a checkpoint or a model folder as the model folder `out`.
 
+    An adapter's checkpoint without `merge` becomes mlx-lm's adapter with target "mlx"; for "hf" it
+    is in PEFT's layout as it stands.
+
     Args:
         target: "hf" for transformers, vLLM and others; "mlx" for mlx-lm.
         dtype: of the weights; default: what they are stored in. Rounded to nearest, ties to even.
@@ -79,6 +85,10 @@ def export_model(
     """
     _check_bits(target, bits)
     require_free(out)
+    if target == "mlx" and not merge:
+        folder, notes = find_checkpoint(source)
+        if is_adapter(folder):
+            return _adapter_report(folder, out, notes, dtype=dtype, bits=bits)
     with open_source(source, merge=merge, base=base) as opened:
         tag = DTYPE_TAGS[dtype] if dtype else common_dtype(opened.dtypes)
         layout = Layout.of(opened.model, tag, bits)
@@ -102,6 +112,25 @@ def export_model(
             plain_matrices=layout.plain_matrices(),
             notes=opened.notes,
         )
+
+
+def _adapter_report(
+    folder: Path, out: Path, notes: tuple[str, ...], *, dtype: ComputeDType | None, bits: int | None
+) -> ExportReport:
+    """Write an adapter's checkpoint as mlx-lm's adapter."""
+    if bits is not None or dtype not in (None, "float32"):
+        raise ConfigError(
+            f"{folder} holds an adapter, whose factors stay float32",
+            why="--bits and --dtype are for whole models",
+            fix="leave them out, or give --merge for the model that it makes of its base",
+        )
+    num_parameters, num_bytes = export_mlx_lm_adapter(folder, out)
+    note = "an adapter for mlx-lm (--adapter-path); its base is not in it"
+    return ExportReport(
+        out=out, source=folder, target="mlx", dtype="float32", bits=None,
+        num_parameters=num_parameters, num_bytes=num_bytes, plain_matrices=(),
+        notes=(*notes, note),
+    )  # fmt: skip
 
 
 class Layout(NamedTuple):
