@@ -21,15 +21,23 @@ from solollm.architecture import ModelConfig
 from solollm.backend import Batch, DictSource, HostTensor, Plan, SessionOptions, TrainSession
 from solollm.config import OptimizerTable
 from solollm.errors import BackendError, ConfigError
+from solollm.testing import conformance_engine, conformance_training
 from solollm.testing.bench import Bench, lively_parameters
 from solollm.testing.conformance import Case, cases
 
 MakeBatch = Callable[..., Batch]
 Make = Callable[..., TorchSession]
 OPTIONS = {"compile": False, "offload": "streaming"}
-USUAL = ("adamw-32bit", "adamw-8bit", "muon-8bit")  # the others are among the slow
+OF_MODEL = (*conformance_training.MODEL_CHECKS, *conformance_engine.CHECKS)
+
+
+def is_usual(case: Case) -> bool:
+    """The checks of the model, and those of the state with 8-bit AdamW; the rest is slow."""
+    return case.check in OF_MODEL or str(case.bench).endswith("adamw-8bit")
+
+
 CASES = [
-    pytest.param(c, id=str(c), marks=[] if str(c.bench).endswith(USUAL) else [pytest.mark.slow])
+    pytest.param(c, id=str(c), marks=[] if is_usual(c) else [pytest.mark.slow])
     for c in cases(TorchBackend(), backend_options=OPTIONS)
 ]
 
