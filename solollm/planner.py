@@ -264,21 +264,22 @@ def does_not_fit(
 
 def _allowed_ways(
     options: SessionOptions, config: RunConfig, backend: Backend, room: Room
-) -> Iterator[Way]:
-    """The backend's ways that contradict nothing that the config says. One that was asked for by
-    its settings needs no further consent."""
-    given = options.backend_options
+) -> list[Way]:
+    """The backend's ways that contradict nothing that the config says, else the config's own. One
+    that was asked for by its settings needs no further consent."""
+    given, table = options.backend_options, options.optimizer
     fixed_bits = "state_bits" in config.optimizer.model_fields_set
-    for way in backend.ways(room.device) if room.device else backend.ways():
-        asked = {key: given[key] for key in way.settings if key in given}
-        if any(value != way.settings[key] for key, value in asked.items()):
+    allowed = []
+    for way in backend.ways(room.device):
+        agrees = all(given.get(key, value) == value for key, value in way.settings.items())
+        same_place = given.get("offload", "none") == way.settings.get("offload", "none")
+        if not agrees or not ("offload" not in given or same_place):
             continue
-        if way.name == "resident" and given.get("offload", "none") != "none":
+        if fixed_bits and way.state_bits not in (None, table.state_bits):
             continue
-        needs = way.state_bits
-        if fixed_bits and needs is not None and needs != options.optimizer.state_bits:
-            continue
-        yield way._replace(consent=way.consent and len(asked) < len(way.settings))
+        asked = all(key in given for key in way.settings)
+        allowed.append(way._replace(consent=way.consent and not asked))
+    return allowed or [Way("as configured")]
 
 
 def _is_cpu(device: str, machine: Machine) -> bool:

@@ -41,7 +41,8 @@ from solollm.state_bytes import checkpoint_bytes
 DEFAULT_VOCAB_SIZE = 32_768  # where no corpus says how many ids there are
 DEFAULT_PRICE = 0.30  # per kilowatt-hour, in whatever the user pays with
 # Of a card's memory, what a process gets: a 24 GiB card shows 23.5, and a desktop takes some.
-_CARD_SHARE, _HOST_SHARE = 0.9375, 0.8
+_CARD_SHARE = 0.9375
+_HOST_KEPT_BYTES, _HOST_KEPT_SHARE = 4 << 30, 0.1  # of the host's memory, for everything else
 _MAC_SHARE = 0.9  # of the part that the system lets the GPU hold
 _DEEPEST = 64
 _BACKEND_OF = {"cuda": "torch", "apple": "mlx", "cpu": "torch"}
@@ -168,7 +169,7 @@ def _place_of(config: RunConfig, wishes: Wishes) -> _Place:
     entry = this_device(machine, device_name=capabilities.device)
     room = room_here(capabilities.device, machine)
     if wishes.host_bytes and not entry.is_unified:
-        room = replace(room, host_bytes=int(wishes.host_bytes * _HOST_SHARE))
+        room = replace(room, host_bytes=_usable_host_bytes(wishes.host_bytes))
     return _Place(entry, backend, capabilities, room, machine)
 
 
@@ -189,9 +190,13 @@ def _room_of(entry: Device) -> Room:
     place = _PLACE_OF[entry.kind]
     if entry.kind == "cuda":
         usable = int(entry.memory_bytes * _CARD_SHARE)
-        return Room(usable, int(entry.host_bytes * _HOST_SHARE), is_cpu=False, device=place)
+        return Room(usable, _usable_host_bytes(entry.host_bytes), is_cpu=False, device=place)
     part = 3 / 4 if entry.memory_bytes > 36 << 30 else 2 / 3  # macOS's own limit for the GPU
     return Room(int(entry.memory_bytes * part * _MAC_SHARE), is_cpu=False, device=place)
+
+
+def _usable_host_bytes(host_bytes: int) -> int:
+    return host_bytes - max(_HOST_KEPT_BYTES, int(host_bytes * _HOST_KEPT_SHARE))
 
 
 def _deepest(config: RunConfig, wishes: Wishes, place: _Place) -> Shape:

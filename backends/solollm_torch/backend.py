@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import platform
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
@@ -27,17 +28,26 @@ from solollm.backend import (
 from solollm.config import OptimizerTable
 from solollm.errors import BackendError, ConfigError
 
+Settings = Mapping[str, bool | int | float | str]
 if TYPE_CHECKING:
     import torch
 
     from solollm_torch.session import TorchSession
 
-SPLIT = {"master": "split"}
+SPLIT: Settings = {"master": "split"}
+STREAMING: Settings = {"offload": "streaming"}
 CUDA_WAYS = (
     Way("resident"),
     Way("split weights", SPLIT, None, "gradients in bfloat16; the weights stay exact"),
     Way("split weights, 8-bit moments", SPLIT, 8, "gradients in bfloat16, moments in 8 bits"),
-)
+    Way("streaming", STREAMING, 8, "state in host memory, moments in 8 bits"),
+    Way("streaming, inputs too", {**STREAMING, "offload_residuals": True}, 8, "and block inputs"),
+    Way("FSDP2 in host memory", {"offload": "fsdp"}, None, "copies that nothing hides"),
+    Way(
+        "streaming, 4 bytes a weight", {**STREAMING, "master": "bfloat16"}, 8,
+        "weights in bfloat16, rounded stochastically", consent=True,
+    ),
+)  # fmt: skip
 SHARDED_WAYS = (
     Way("shared out"),
     Way("shared out, in host memory", {"offload": "fsdp"}, None, "copies beside the computation"),
@@ -91,18 +101,25 @@ class TorchBackend(Backend):
     ) -> MemoryCosts:
         import torch
 
-        from solollm_torch.memory import memory_costs, sharded_costs
+        from solollm_torch import memory, memory_offload
         from solollm_torch.ranks import launched
 
         place = torch.device(device) if device else _device()
-        costs = memory_costs(model, options, compute_dtype, place)
-        offload = options.backend_options.get("offload") == "fsdp"
-        if device or not (launched() or offload):
+        costs = memory.memory_costs(model, options, compute_dtype, place)
+        offload = options.backend_options.get("offload")
+        if offload == "streaming":
+            return memory_offload.streaming_costs(
+                costs, model, options, compute_dtype, device=place
+            )
+        if offload != "fsdp" and (device or not launched()):
             return costs
-        return sharded_costs(
-            costs, model, compute_dtype, world_size=self.ranks().world_size,
-            on_host=offload and place.type == "cuda",
+        on_host = offload == "fsdp" and place.type == "cuda"
+        costs = memory.sharded_costs(
+            costs, model, compute_dtype, on_host=on_host,
+            world_size=1 if device else self.ranks().world_size,
         )  # fmt: skip
+        moved = memory_offload.sharded_traffic_bytes(model) if on_host else {}
+        return replace(costs, traffic_bytes=moved)
 
     def ways(self, device: str = "") -> Sequence[Way]:
         from solollm_torch.ranks import launched

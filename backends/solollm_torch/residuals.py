@@ -11,7 +11,7 @@ from torch import Tensor
 
 from solollm_torch.lanes import Lanes, Mark
 
-_NUM_SLOTS = 2
+NUM_SLOTS = 2
 
 
 class Residuals:
@@ -22,7 +22,7 @@ class Residuals:
         self._on_device: dict[int, Tensor] = {}
         self._host: dict[int, Tensor] = {}
         self._slots: list[Tensor] = []
-        self._free: list[Mark] = [None] * _NUM_SLOTS
+        self._free: list[Mark] = [None] * NUM_SLOTS
         self._stored: dict[int, Mark] = {}
         self._loaded: dict[int, Mark] = {}
         self._like: Tensor | None = None
@@ -49,7 +49,7 @@ class Residuals:
         """Begin to bring one back; nothing for those that are on the device."""
         if index < 0 or index in self._on_device:
             return
-        slot, num_bytes = index % _NUM_SLOTS, shape.numel() * self._item_bytes
+        slot, num_bytes = index % NUM_SLOTS, shape.numel() * self._item_bytes
         self._make_room(num_bytes)
         after = [self._stored[index], self._free[slot]]
         target = self._slots[slot][:num_bytes]
@@ -61,12 +61,12 @@ class Residuals:
             return self._on_device.pop(index)
         assert self._like is not None, "a block's input was kept before"
         self._lanes.wait(self._loaded[index])
-        raw = self._slots[index % _NUM_SLOTS][: shape.numel() * self._item_bytes]
+        raw = self._slots[index % NUM_SLOTS][: shape.numel() * self._item_bytes]
         return raw.view(self._like.dtype).view(shape)
 
     def done(self, index: int) -> None:
         """What has been queued so far was the last use of block `index`'s input."""
-        self._free[index % _NUM_SLOTS] = self._lanes.mark()
+        self._free[index % NUM_SLOTS] = self._lanes.mark()
 
     @property
     def _item_bytes(self) -> int:
@@ -75,9 +75,9 @@ class Residuals:
     def _make_room(self, num_bytes: int) -> None:
         if self._slots and self._slots[0].nbytes >= num_bytes:
             return
-        self._slots = [self._lanes.device_buffer(num_bytes) for _ in range(_NUM_SLOTS)]
+        self._slots = [self._lanes.device_buffer(num_bytes) for _ in range(NUM_SLOTS)]
         # Their memory may have been something else's, queued before: not to be written until then.
-        self._free = [self._lanes.mark()] * _NUM_SLOTS
+        self._free = [self._lanes.mark()] * NUM_SLOTS
 
 
 def _bytes_of(x: Tensor) -> Tensor:
