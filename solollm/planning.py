@@ -52,7 +52,8 @@ _PLACE_OF = {"cuda": "cuda", "apple": "gpu", "cpu": "cpu"}
 @dataclass(frozen=True)
 class Option:
     """One way to train the model there. `missing_bytes` is what its memory lacks, 0 where it
-    fits; `cost` says what it costs beside time."""
+    fits; `cost` says what it costs beside time; one
+    that needs `consent` is not chosen by itself."""
 
     name: str
     micro_batch_size: int
@@ -62,6 +63,7 @@ class Option:
     tokens_per_second: float
     missing_bytes: int
     cost: str
+    consent: bool
     is_chosen: bool
 
 
@@ -309,14 +311,12 @@ def synthetic_batch(model: ModelConfig, rows: int, seq_len: int) -> Batch:
 
 
 def _options(question: Question, chosen: Layout, entry: Device, place: _Place) -> Iterator[Option]:
-    """Every way with and without recomputing, at its largest micro-batch that fits."""
+    """Every way, at its largest micro-batch that fits, recomputing only where it must."""
     for way in _ways_to_show(question, place):
-        for checkpointing in (False, True):
-            asked = replace(question, activation_checkpointing=checkpointing)
-            found = list(layouts(asked, place.backend, way, place.room))
-            layout = next((one for one in found if one.fits(place.room)), found[-1])
-            is_chosen = (way, checkpointing) == (chosen.way, chosen.activation_checkpointing)
-            yield replace(_option(asked, layout, entry, place.room), is_chosen=is_chosen)
+        found = list(layouts(question, place.backend, way, place.room))
+        layout = next((one for one in found if one.fits(place.room)), found[-1])
+        option = _option(question, layout, entry, place.room)
+        yield replace(option, is_chosen=way == chosen.way)
 
 
 def _ways_to_show(question: Question, place: _Place) -> Iterator[Way]:
@@ -324,7 +324,7 @@ def _ways_to_show(question: Question, place: _Place) -> Iterator[Way]:
         yield way
         bits = place.capabilities.state_bits
         if way.name == "resident" and 8 in bits and question.options.optimizer.state_bits != 8:
-            yield Way("resident, 8-bit moments", way.settings, 8, "moments rounded to 8 bits", True)
+            yield Way("resident, 8-bit", way.settings, 8, "moments rounded to 8 bits", True)
 
 
 def _option(question: Question, layout: Layout, entry: Device, room: Room) -> Option:
@@ -341,6 +341,7 @@ def _option(question: Question, layout: Layout, entry: Device, room: Room) -> Op
         tokens_per_second=told.tokens_per_second,
         missing_bytes=layout.missing_bytes(room),
         cost=layout.way.cost,
+        consent=layout.way.consent,
         is_chosen=False,
     )
 

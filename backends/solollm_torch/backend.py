@@ -38,13 +38,13 @@ SPLIT: Settings = {"master": "split"}
 STREAMING: Settings = {"offload": "streaming"}
 CUDA_WAYS = (
     Way("resident"),
-    Way("split weights", SPLIT, None, "gradients in bfloat16; the weights stay exact"),
-    Way("split weights, 8-bit moments", SPLIT, 8, "gradients in bfloat16, moments in 8 bits"),
+    Way("split", SPLIT, None, "gradients in bfloat16; the weights stay exact"),
+    Way("split, 8-bit", SPLIT, 8, "gradients in bfloat16, moments in 8 bits"),
     Way("streaming", STREAMING, 8, "state in host memory, moments in 8 bits"),
-    Way("streaming, inputs too", {**STREAMING, "offload_residuals": True}, 8, "and block inputs"),
-    Way("FSDP2 in host memory", {"offload": "fsdp"}, None, "copies that nothing hides"),
+    Way("streaming, inputs", {**STREAMING, "offload_residuals": True}, 8, "block inputs in host memory, too"),
+    Way("FSDP2 offload", {"offload": "fsdp"}, None, "copies that nothing hides"),
     Way(
-        "streaming, 4 bytes a weight", {**STREAMING, "master": "bfloat16"}, 8,
+        "streaming, 4 bytes", {**STREAMING, "master": "bfloat16"}, 8,
         "weights in bfloat16, rounded stochastically", consent=True,
     ),
 )  # fmt: skip

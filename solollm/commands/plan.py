@@ -96,7 +96,8 @@ def show(made: TrainingPlan, terminal: Console) -> None:
 
     sections = [("Training", _training(made)), ("Memory", _memory(made)), ("Time", _time(made))]
     if len(made.options) > 1:
-        sections.append(("Other ways", _options(made)))
+        sections.append(("All ways", _options(made)))
+        sections.append(("What they cost", _costs(made)))
     for title, content in sections:
         terminal.print(f"\n{title}", style="bold")
         terminal.print(Padding(content, (0, 0, 0, 2)))
@@ -224,22 +225,30 @@ def _options(made: TrainingPlan) -> Table:
     from solollm.planner import format_bytes
     from solollm.report.charts import count_text
 
-    rows = Table(box=None, padding=(0, 2, 0, 0), header_style="dim", pad_edge=False)
-    for name in ("way", "at once", "device", "host", "tokens/s", "fits"):
-        rows.add_column(name, no_wrap=name != "way")
+    rows = Table(box=None, padding=(0, 1, 0, 0), header_style="dim", pad_edge=False)
+    for name in ("way", "recompute", "rows", "device", "host", "tokens/s", "fits"):
+        rows.add_column(name, no_wrap=True)
     for option in made.options:
-        name = f"{option.name}{', recomputing' if option.activation_checkpointing else ''}"
         verdict = f"[yellow]lacks {format_bytes(option.missing_bytes)}[/]"
         if not option.missing_bytes:
-            verdict = "chosen" if option.is_chosen else option.cost or "yes"
+            verdict = "chosen" if option.is_chosen else "if asked" if option.consent else "yes"
         rows.add_row(
-            f"[bold]{name}[/]" if option.is_chosen else name,
+            f"[bold]{option.name}[/]" if option.is_chosen else option.name,
+            "yes" if option.activation_checkpointing else "no",
             str(option.micro_batch_size),
             format_bytes(option.device_bytes),
             format_bytes(option.host_bytes) if option.host_bytes else "",
             count_text(option.tokens_per_second),
             verdict,
         )
+    return rows
+
+
+def _costs(made: TrainingPlan) -> Table:
+    rows = _grid()
+    for name, cost in {option.name: option.cost for option in made.options if option.cost}.items():
+        rows.add_row(name, cost)
+    rows.add_row("recompute", "a third more operations")
     return rows
 
 

@@ -10,6 +10,9 @@ import pytest
 from click.testing import CliRunner
 
 from solollm.commands.plan import command
+from solollm.errors import PlanError
+
+GIB = 2**30
 
 
 def _run(*words: str) -> tuple[int, str]:
@@ -77,9 +80,9 @@ def test_a_calibration_measures_and_is_remembered(tmp_path: Path) -> None:
 
 def test_a_comparison_lists_devices_that_fit_and_that_do_not() -> None:
     """Devices that cannot hold the model missing from the table, as if nobody had asked."""
-    found = _json("--preset", "2.7b", "--compare")
+    found = _json("--preset", "7b", "--compare")
     assert found["h200"]["tokens_per_second"] > found["a100-80"]["tokens_per_second"]
-    assert found["m4-max-64"]["backend"] == "mlx"
+    assert found["m3-ultra-512"]["backend"] == "mlx"
     assert "refused" in found["rtx-3070"]
     assert found["rtx-3070"]["fix"]
 
@@ -91,3 +94,20 @@ def test_the_largest_model_grows_with_the_memory_and_fits() -> None:
     for made in (small, large):
         used = sum(made["device_bytes"].values())
         assert 0.5 * made["device_limit_bytes"] < used <= made["device_limit_bytes"]
+
+
+def test_a_7b_fits_24_gb_with_64_beside_it_and_is_told_what_32_need() -> None:
+    """The claim that the project is about; and a refusal that names no way out."""
+    made = _json("--preset", "7b", "--device", "rtx-4090", "--host-memory", "64")
+    assert made["settings"] == {"offload": "streaming"}
+    assert made["state_bits"] == 8
+    assert sum(made["device_bytes"].values()) <= made["device_limit_bytes"] <= 22.5 * GIB
+    assert sum(made["host_bytes"].values()) <= 48 * GIB
+    with pytest.raises(PlanError) as caught:
+        _json("--preset", "7b", "--device", "rtx-4090", "--host-memory", "32")
+    assert caught.value.exit_code == 4
+    assert "master=bfloat16" in caught.value.fix
+    agreed = ("--set", "backend_options.torch.offload=streaming", "--set",
+              "backend_options.torch.master=bfloat16")  # fmt: skip
+    smaller = _json("--preset", "7b", "--device", "rtx-4090", "--host-memory", "32", *agreed)
+    assert sum(smaller["host_bytes"].values()) <= 28 * GIB

@@ -87,8 +87,11 @@ def test_streams_are_whole_and_their_own(backend: str, serving: Callable[..., An
 
     alone, together, gaps = asyncio.run(run())
     assert len(set(alone)) == STREAMS
-    left = [text is None for text in together]
-    assert left == [plan["leave_after"] is not None for plan in plans]
+    # On a busy machine several tokens come as one event: a stream can be whole before its reader
+    # has seen as many events as it meant to wait for.
+    left = [index for index, text in enumerate(together) if text is None]
+    assert left
+    assert all(plans[index]["leave_after"] is not None for index in left)
     assert all(gap < GAP for gap in gaps), gaps
     assert len(gaps) <= max(1, STREAMS // 100)
     assert server.metric("solollm_active_sequences") == 0
