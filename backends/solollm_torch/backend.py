@@ -36,12 +36,13 @@ if TYPE_CHECKING:
 
 SPLIT: Settings = {"master": "split"}
 STREAMING: Settings = {"offload": "streaming"}
+INPUTS_TOO: Settings = {**STREAMING, "offload_residuals": True}
 CUDA_WAYS = (
     Way("resident"),
     Way("split", SPLIT, None, "gradients in bfloat16; the weights stay exact"),
     Way("split, 8-bit", SPLIT, 8, "gradients in bfloat16, moments in 8 bits"),
     Way("streaming", STREAMING, 8, "state in host memory, moments in 8 bits"),
-    Way("streaming, inputs", {**STREAMING, "offload_residuals": True}, 8, "block inputs in host memory, too"),
+    Way("streaming, inputs", INPUTS_TOO, 8, "block inputs in host memory, too"),
     Way("FSDP2 offload", {"offload": "fsdp"}, None, "copies that nothing hides"),
     Way(
         "streaming, 4 bytes", {**STREAMING, "master": "bfloat16"}, 8,

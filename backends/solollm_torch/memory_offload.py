@@ -6,7 +6,6 @@ compares the lines with real sessions. The formulas of the copies are `traffic`'
 
 from __future__ import annotations
 
-import math
 from dataclasses import replace
 
 import torch
@@ -14,13 +13,10 @@ import torch
 from solollm.architecture import ModelConfig
 from solollm.backend import ComputeDType, MemoryCosts, SessionOptions
 from solollm.state_bytes import weight_bytes
-from solollm_torch.gradients import ALIGNMENT, DTYPES, gradient_dtype
-from solollm_torch.layout import BlockLayout, end_specs, slot_bytes
-from solollm_torch.masters import WEIGHT_DTYPES, master_option
-from solollm_torch.model import Block
+from solollm_torch.gradients import DTYPES, gradient_dtype
+from solollm_torch.masters import master_option
 from solollm_torch.optim import chunk_elements
 from solollm_torch.residuals import NUM_SLOTS as NUM_RESIDUAL_SLOTS
-from solollm_torch.streamed_updates import NUM_SLOTS
 from solollm_torch.traffic import Streaming, host_bytes, step_traffic
 
 
@@ -28,19 +24,13 @@ def streaming_state_bytes(
     model: ModelConfig, options: SessionOptions, dtype: ComputeDType, device: torch.device
 ) -> dict[str, int]:
     """What a streaming session keeps on the device between steps: exact, by what it is."""
-    given, table = options.backend_options, options.optimizer
-    master = master_option(given, "split")
-    layout = BlockLayout.of(model, table, master)
-    slots = min(int(given.get("slots", 2)), model.num_hidden_layers)
-    updates = slot_bytes(model, table, master, chunk_elements(device))
-    gradients = gradient_dtype(given, master, DTYPES[dtype]).itemsize
-    item = WEIGHT_DTYPES[master].itemsize
-    return {
-        "block slots": slots * layout.weight_bytes,
-        "update slots": NUM_SLOTS * updates,
-        "embedding, norm, head": item * _num_ends(model),
-        "gradients": gradients * _padded_elements(model),
-    }
+    given = options.backend_options
+    how = Streaming(master_option(given, "split"), int(given.get("slots", 2)))
+    gradients = gradient_dtype(given, how.master, DTYPES[dtype])
+    return device_bytes(
+        model, options.optimizer, how,
+        gradient_item=gradients.itemsize, chunk=chunk_elements(device),
+    )  # fmt: skip
 
 
 def streaming_host_bytes(model: ModelConfig, options: SessionOptions) -> dict[str, int]:
@@ -92,18 +82,3 @@ def streaming_costs(
 def sharded_traffic_bytes(model: ModelConfig) -> dict[str, int]:
     """FSDP2 from host memory moves the fp32 weights up for each pass of each micro-batch."""
     return {"micro-batch": 2 * weight_bytes(model)}
-
-
-def _num_ends(model: ModelConfig) -> int:
-    return sum(math.prod(spec.shape) for spec in end_specs(model))
-
-
-def _padded_elements(model: ModelConfig) -> int:
-    """Of the vector of all gradients: each stored parameter begins on a cache line."""
-
-    def padded(count: int) -> int:
-        return -(-count // ALIGNMENT) * ALIGNMENT
-
-    block = Block(model, torch.device("meta"), torch.float32)
-    ends = sum(padded(math.prod(spec.shape)) for spec in end_specs(model))
-    return ends + model.num_hidden_layers * sum(padded(p.numel()) for p in block.parameters())

@@ -60,7 +60,7 @@ def test_planned_bytes_equal_the_session_s_buffers(
     model, options = preset(name, 32_768), _options(master, optimizer)
     session = StreamingSession(model, options, Plan(1, True, "bfloat16", 2048, 1), META)
     assert {
-        "block slots": _bytes(session._ring.buffers),
+        "weight slots": _bytes(session._ring.buffers),
         "update slots": _bytes(session._streamed._slots),
         "embedding, norm, head": _bytes(session._decoder.masters().values()),
         "gradients": session._flat_gradient.nbytes,
