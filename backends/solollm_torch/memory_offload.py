@@ -17,7 +17,7 @@ from solollm_torch.gradients import DTYPES, gradient_dtype
 from solollm_torch.masters import master_option
 from solollm_torch.optim import chunk_elements
 from solollm_torch.residuals import NUM_SLOTS as NUM_RESIDUAL_SLOTS
-from solollm_torch.traffic import Streaming, host_bytes, step_traffic
+from solollm_torch.traffic import Streaming, device_bytes, host_bytes, step_traffic
 
 
 def streaming_state_bytes(
