@@ -13,7 +13,7 @@ The events of `events.jsonl`: step_skipped, rolled_back, checkpoint_saved, check
 checkpoint_not_deleted, resumed, stopped, environment_changed, sink_failed, report_failed;
 continuation_proven, continuation_refused, continuation_missing (see `solollm.continuation`);
 keep_awake, memory_pressure, heat, power (`solollm.watch`); fault (`solollm.faults`); restarted,
-given_up (`solollm.supervisor`).
+given_up (`solollm.supervisor`); failed (`solollm.ranks`).
 """
 
 from __future__ import annotations
