@@ -15,11 +15,12 @@ from collections.abc import Mapping
 
 import mlx.core as mx
 
-from solollm.adapters import PEFT_PREFIX, AdapterOptions
+from solollm.adapters import PEFT_PREFIX, AdapterOptions, adapter_pairs
 from solollm.architecture import ModelConfig, parameter_table
 from solollm.backend import TensorSource
 from solollm.errors import ConfigError
 from solollm_mlx import quant
+from solollm_mlx.mlx_lm_adapter import Lora
 from solollm_mlx.model import Weights, linear
 from solollm_mlx.state import read_each
 
@@ -47,11 +48,20 @@ def beside_base(factors: Mapping[str, mx.array]) -> Weights:
     return {name.removeprefix(PEFT_PREFIX): array for name, array in factors.items()}
 
 
+def lora_of(factors: Mapping[str, mx.array], model: ModelConfig, options: AdapterOptions) -> Lora:
+    """The factors as an engine takes them, by the names of their matrices."""
+    pairs = {
+        pair.base.name.removesuffix(".weight"): (factors[pair.a.name], factors[pair.b.name])
+        for pair in adapter_pairs(model, options)
+    }
+    return Lora(pairs, options.scale)
+
+
 def read_base(
-    source: TensorSource, model: ModelConfig, options: AdapterOptions, dtype: mx.Dtype
+    source: TensorSource, model: ModelConfig, dtype: mx.Dtype, *, bits: int | None = None
 ) -> Weights:
-    """The frozen base in `dtype`, read one tensor at a time; with `base_bits` the blocks' matrices
-    in codes. One whose rows do not divide into groups stays as it is, as in mlx-lm.
+    """The frozen base in `dtype`, read one tensor at a time; with `bits` the blocks' matrices in
+    codes. One whose rows do not divide into groups stays as it is, as in mlx-lm.
 
     Raises:
         ConfigError: no matrix of this model can be quantised.
@@ -59,12 +69,12 @@ def read_base(
     """
     table = parameter_table(model)
     quantised = set()
-    if options.base_bits is not None:
+    if bits is not None:
         of_blocks = [spec for spec in table if spec.name.endswith("_proj.weight")]
         quantised = {spec.name for spec in of_blocks if quant.fits(spec.shape)}
         if not quantised:
             raise ConfigError(
-                f"no matrix of this model can be held in {options.base_bits} bits",
+                f"no matrix of this model can be held in {bits} bits",
                 why=f"MLX quantises rows of a multiple of {quant.GROUP_SIZE} elements",
                 fix="use --method lora",
             )

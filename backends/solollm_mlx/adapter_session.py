@@ -12,13 +12,12 @@ from functools import partial
 import mlx.core as mx
 import numpy as np
 
-from solollm.adapters import AdapterOptions, adapter_pairs, adapter_table
+from solollm.adapters import AdapterOptions, adapter_table
 from solollm.architecture import ModelConfig, initial_parameter
 from solollm.backend import Batch, Engine, EngineOptions, Plan, SessionOptions, TensorSource
 from solollm.errors import BackendError, ConfigError
 from solollm_mlx import loss
-from solollm_mlx.adapter import adapted_project, beside_base, read_base
-from solollm_mlx.mlx_lm_adapter import Lora
+from solollm_mlx.adapter import adapted_project, beside_base, lora_of, read_base
 from solollm_mlx.model import Weights
 from solollm_mlx.optim import Arrays
 from solollm_mlx.session import MlxSession
@@ -49,7 +48,7 @@ class AdapterSession(MlxSession):
         }
 
     def import_base(self, source: TensorSource) -> None:
-        self._frozen = read_base(source, self._model, self._adapter, self._dtype)
+        self._frozen = read_base(source, self._model, self._dtype, bits=self._adapter.base_bits)
 
     def _whole(self, weights: Weights, frozen: Weights) -> Weights:
         return frozen | beside_base(weights)
@@ -68,13 +67,7 @@ class AdapterSession(MlxSession):
         self._require_base()
         if options.compute_dtype == "auto":
             options = replace(options, compute_dtype=self._plan.compute_dtype)
-        pairs = {
-            pair.base.name.removesuffix(".weight"): (
-                self._weights[pair.a.name], self._weights[pair.b.name],
-            )
-            for pair in adapter_pairs(self._model, self._adapter)
-        }  # fmt: skip
-        lora = Lora(pairs, self._adapter.scale)
+        lora = lora_of(self._weights, self._model, self._adapter)
         return MlxEngine(self._frozen, self._model, options, lora=lora)
 
     def _require_base(self) -> None:

@@ -12,14 +12,16 @@ from pathlib import Path
 import mlx.core as mx
 import mlx.nn as nn
 
-from solollm.architecture import ModelConfig, parameter_table
+from solollm.adapted import AdapterFolder, MergedSource
+from solollm.architecture import ModelConfig
 from solollm.backend import Engine, EngineOptions
-from solollm.engine_input import complete_options, read_model_config
+from solollm.engine_input import complete_options, only_adapter, read_model_config
 from solollm.tensorfile import open_weights
 from solollm_mlx import mlx_lm_adapter as mlx_lm
+from solollm_mlx.adapter import lora_of, read_base
 from solollm_mlx.decoding import MlxDecoder
 from solollm_mlx.mlx_lm_adapter import Lora
-from solollm_mlx.state import read_weights
+from solollm_mlx.quant import BITS
 
 DTYPES = {"float32": mx.float32, "bfloat16": mx.bfloat16, "float16": mx.float16}
 _OPTIONS = ("prefill_tokens", "quantize_bits")
@@ -56,7 +58,9 @@ class MlxEngine(Engine):
 
     @classmethod
     def load(cls, checkpoint: Path, options: EngineOptions) -> MlxEngine:
-        """The engine of a checkpoint directory (`config.json` and safetensors weights).
+        """The engine of a checkpoint directory (`config.json` and safetensors weights). The factors
+        of an adapter stay beside the base, which is held as it was in training: in affine codes
+        again, or with the values of NF4's.
 
         Raises:
             ConfigError: no checkpoint there, or a model that is not computed here.
@@ -64,13 +68,20 @@ class MlxEngine(Engine):
         """
         model = read_model_config(checkpoint)
         dtype = _dtype(options)
-        expected = {spec.name: (dtype, spec.shape) for spec in parameter_table(model)}
+        folder = only_adapter(options)
+        adapter = AdapterFolder(folder, model) if folder else None
         weights = open_weights(checkpoint)
         try:
-            arrays = read_weights(weights, expected, may_tie=model.tie_word_embeddings)
+            if adapter is None:
+                arrays = read_base(weights, model, dtype)
+            elif adapter.codec == "nf4":
+                held = MergedSource(weights, adapter, model)
+                return cls(read_base(held, model, dtype), model, options)
+            else:
+                arrays = read_base(weights, model, dtype, bits=BITS if adapter.codec else None)
         finally:
             weights.close()
-        return cls(arrays, model, options)
+        return cls(arrays, model, options, lora=None if adapter is None else _lora(adapter, model))
 
     def open(self) -> MlxDecoder:
         return MlxDecoder(self._module, self.options, prefill_tokens=self._prefill_tokens)
@@ -78,6 +89,11 @@ class MlxEngine(Engine):
     def close(self) -> None:
         self._module = nn.Module()
         mx.clear_cache()
+
+
+def _lora(adapter: AdapterFolder, model: ModelConfig) -> Lora:
+    arrays = {name: mx.array(factor) for name, factor in adapter.factors.items()}
+    return lora_of(arrays, model, adapter.options)
 
 
 def _dtype(options: EngineOptions) -> mx.Dtype:

@@ -16,8 +16,8 @@ from torch import Tensor
 from solollm.adapted import AdapterFolder, MergedSource
 from solollm.architecture import ModelConfig, parameter_table
 from solollm.backend import Engine, EngineOptions, HostTensor, TensorSource
-from solollm.engine_input import complete_options, read_model_config
-from solollm.errors import ConfigError, IntegrityError
+from solollm.engine_input import complete_options, only_adapter, read_model_config
+from solollm.errors import IntegrityError
 from solollm.tensorfile import open_weights
 from solollm_torch.decoding import TorchDecoder
 from solollm_torch.inference import InferenceModel
@@ -102,14 +102,9 @@ class TorchEngine(Engine):
 
 def _adapted(source: TensorSource, options: EngineOptions, model: ModelConfig) -> TensorSource:
     """The base's tensors with the one adapter that there is merged into them."""
-    if not options.adapters:
+    folder = only_adapter(options)
+    if folder is None:
         return source
-    folder = options.adapters.get(options.adapter or "")
-    if len(options.adapters) > 1 or folder is None:
-        raise ConfigError(
-            f"an engine here serves one adapter, the default one, not {sorted(options.adapters)}",
-            fix="open an engine for each, or merge: solollm export CHECKPOINT --to hf --merge",
-        )
     return MergedSource(source, AdapterFolder(folder, model), model)
 
 

@@ -140,7 +140,7 @@ def test_logits_and_gradients_are_pefts(
 def test_codes_are_those_of_the_core() -> None:
     """Guards: an export that decodes, and merges into, another base than was trained on."""
     model, tensors = QUANTISABLE, lively_parameters(QUANTISABLE)
-    base = read_base(DictSource(tensors), model, AdapterOptions(base_bits=4), mx.float32)
+    base = read_base(DictSource(tensors), model, mx.float32, bits=4)
     name = "model.layers.1.mlp.down_proj"
     expected = affine_codec.quantize(tensors[f"{name}.weight"].data, bits=4, group_size=64)
     for part, wanted in zip(("weight", "scales", "biases"), expected, strict=True):
@@ -185,7 +185,7 @@ def test_a_quantised_base_is_never_held_whole() -> None:
     mx.clear_cache()
     held = mx.get_active_memory()
     mx.reset_peak_memory()
-    base = read_base(DictSource(tensors), model, AdapterOptions(base_bits=4), mx.float32)
+    base = read_base(DictSource(tensors), model, mx.float32, bits=4)
     kept, peak = mx.get_active_memory() - held, mx.get_peak_memory() - held
     assert kept < 0.17 * matrices + 1.2 * others + 64 * len(base)  # 5 bits of 32
     assert peak < kept + 4 * largest

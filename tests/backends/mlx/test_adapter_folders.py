@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,12 +18,13 @@ from mlx_lm.tuner.utils import linear_to_lora_layers, load_adapters
 from solollm_mlx import mlx_lm_adapter
 from solollm_mlx.adapter import adapted_project, beside_base
 from solollm_mlx.backend import MlxBackend
+from solollm_mlx.engine import MlxEngine
 from solollm_mlx.model import logits
 from solollm_mlx.state import from_host
 
-from solollm.adapted import AdapterFolder
+from solollm.adapted import AdapterFolder, MergedSource
 from solollm.adapters import AdapterOptions, adapter_table
-from solollm.backend import DictSource, HostTensor, Plan, SessionOptions
+from solollm.backend import DictSource, EngineOptions, HostTensor, Plan, SessionOptions
 from solollm.checkpoint import save_checkpoint
 from solollm.cli import main
 from solollm.config import OptimizerTable
@@ -29,11 +32,11 @@ from solollm.errors import ConfigError
 from solollm.export import export_model
 from solollm.frozen_base import BaseRecord, TrainedAdapter
 from solollm.strictfile import encode_json
-from solollm.tensorfile import FOR_TRANSFORMERS, WEIGHTS, write_tensors
-from solollm.testing.bench import TIED, lively_parameters
+from solollm.tensorfile import FOR_TRANSFORMERS, WEIGHTS, open_weights, write_tensors
+from solollm.testing.bench import QUANTISABLE, lively_parameters
 from solollm.testing.snapshots import TOKEN_IDS, TOKENIZER_FILES, state_at
 
-MODEL = TIED
+MODEL = QUANTISABLE
 IDS = np.random.default_rng(0).integers(0, 90, (2, 12)).astype(np.int32)
 OPTIONS = AdapterOptions(
     rank=4, alpha=6, use_rslora=True, target_modules=("q_proj", "v_proj", "down_proj")
@@ -70,6 +73,34 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
         state=state_at(3), tokenizer_files=TOKENIZER_FILES, token_ids=TOKEN_IDS,
         adapter=TrainedAdapter(OPTIONS, record),
     )  # fmt: skip
+
+
+@pytest.mark.parametrize("codec", ["", "affine4", "nf4"])
+def test_a_tuned_checkpoint_generates_and_merges_alike(
+    checkpoint: Path, base: Path, tmp_path: Path, codec: str
+) -> None:
+    """Guards: an engine over the base alone, or over a base that was not quantised again; a merge
+    into other values than the codes stand for."""
+    folder = tmp_path / "tuned"
+    shutil.copytree(checkpoint, folder)
+    record = BaseRecord(content="a" * 64, config=MODEL.to_hf(), codec=codec)  # type: ignore[arg-type]
+    (folder / "base.json").write_bytes(encode_json(record.model_dump(mode="json")))
+    named = EngineOptions(adapters={"tuned": folder}, adapter="tuned")
+    tuned = MlxBackend().engine(base, named)
+    assert isinstance(tuned, MlxEngine)
+    ours = np.array(tuned._module(mx.array(IDS)))
+    weights = open_weights(base)
+    merged = MergedSource(weights, AdapterFolder(folder, MODEL), MODEL)
+    whole = {name: from_host(merged.read(name)) for name in merged.names()}
+    weights.close()
+    expected = np.array(logits(whole, mx.array(IDS), None, config=MODEL))
+    np.testing.assert_allclose(ours, expected, rtol=0, atol=1e-3 * float(np.abs(expected).max()))
+    assert float(np.abs(ours - expected).max()) < 1e-4
+    plain = MlxBackend().engine(base, EngineOptions())
+    assert isinstance(plain, MlxEngine)
+    assert float(np.abs(ours - np.array(plain._module(mx.array(IDS)))).max()) > 0.1
+    with pytest.raises(ConfigError, match="serves one adapter"):
+        MlxBackend().engine(base, replace(named, adapter=None))
 
 
 def our_logits(folder: Path) -> np.ndarray:
