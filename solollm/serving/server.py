@@ -11,6 +11,7 @@ import asyncio
 import contextlib
 import socket
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -30,6 +31,7 @@ from solollm.serving.token_engine import TokenEngine
 from solollm.serving.tool_calls import tool_style
 
 _BACKLOG = 2048
+_TEXT_THREADS = 4  # they lay out and tokenize prompts; a template may take seconds
 
 
 @dataclass(frozen=True)
@@ -88,6 +90,7 @@ async def start_serving(
     until: asyncio.Event | None = None,
 ) -> None:
     """`serve` on a running loop; setting `until` ends it as SIGTERM does."""
+    asyncio.get_running_loop().set_default_executor(ThreadPoolExecutor(_TEXT_THREADS))
     catalogue, notes = open_catalogue(sources, options)
     front = Front(catalogue, options.limits, Metrics(), options.filters)
     sock = _listen(options.access.host, options.port)

@@ -244,9 +244,9 @@ def _bytes_held() -> int:
 
 def test_fuzzed_requests_are_answered_or_refused(server: Any, unharmed: Callable[[], None]) -> None:
     """A combination of fields that nobody thought of, and that ends in a 500 or a dead worker."""
-    counts = _fuzz(server, 150, unharmed)
+    counts = _fuzz(server, 100, unharmed)
     print(counts)
-    assert counts[200] > 5
+    assert counts[200] > 3
 
 
 @pytest.mark.slow

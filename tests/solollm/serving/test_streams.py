@@ -25,7 +25,7 @@ def _body(prompt: str, **fields: Any) -> dict[str, Any]:
 async def _stream(
     client: httpx.AsyncClient, prompt: str, *, leave_after: int | None, pause: float
 ) -> str | None:
-    """The text of one stream; None where its client left."""
+    """The text of one stream; None for a client that leaves (or would have, had it come so far)."""
     pieces: list[str] = []
     body = _body(prompt, stream=True)
     async with client.stream("POST", "/v1/completions", json=body) as answer:
@@ -35,7 +35,7 @@ async def _stream(
                 continue
             assert line.startswith("data: ")
             if line == "data: [DONE]":
-                return "".join(pieces)
+                return None if leave_after else "".join(pieces)
             event = json.loads(line[6:])
             assert "error" not in event
             pieces += [choice["text"] for choice in event["choices"]]
@@ -93,7 +93,7 @@ def test_streams_are_whole_and_their_own(backend: str, serving: Callable[..., An
     assert left
     assert all(plans[index]["leave_after"] is not None for index in left)
     assert all(gap < GAP for gap in gaps), gaps
-    assert len(gaps) <= max(1, STREAMS // 100)
+    assert len(gaps) <= STREAMS // 100, gaps
     assert server.metric("solollm_active_sequences") == 0
 
 
