@@ -25,7 +25,7 @@ from solollm.tokenizer import Tokenizer
 
 pytest.importorskip("torch")
 STEPS = 2000  # more than a test ever reaches
-DEADLINE_SECONDS = 120.0
+DEADLINE_SECONDS = 300.0  # of a machine that is busy with other things
 
 
 @pytest.fixture

@@ -41,7 +41,7 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> list[Any]:
         for r in range(2)
     ]
     try:
-        assert [process.wait(timeout=300) for process in both] == [0, 0]
+        assert [process.wait(timeout=900) for process in both] == [0, 0]
     finally:
         for process in both:
             process.kill()
