@@ -3,6 +3,7 @@
     python3 tools/gpu_check.py resident      1.3B in bf16: tokens/s, share of peak, every switch
     python3 tools/gpu_check.py offload7b     7B in 22.5 GiB of the card, beside itself uncapped
     python3 tools/gpu_check.py resume        bitwise resume; a run begun elsewhere goes on here
+    python3 tools/gpu_check.py qlora         7B in NF4 with an adapter, beside transformers and peft
     python3 tools/gpu_check.py PART --tiny   the same code with a tiny model, on the CPU if need be
 
 Each part takes less than eight minutes on a bare machine with Python 3.12 and torch 2.11; it needs
@@ -26,7 +27,10 @@ for place in (ROOT, ROOT / "backends", ROOT / "tools"):
     if str(place) not in sys.path:
         sys.path.insert(0, str(place))
 
-PARTS = {"resident": "gpu_resident", "offload7b": "gpu_offload", "resume": "gpu_resume"}
+PARTS = {
+    "resident": "gpu_resident", "offload7b": "gpu_offload", "resume": "gpu_resume",
+    "qlora": "gpu_qlora",
+}  # fmt: skip
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -158,10 +158,12 @@ class _Adapted(Function):
         x_rows, low_rows = x.flatten(0, -2), low.flatten(0, -2)
         grad_low = torch.empty_like(low_rows)  # [N, n r]
         grads_b = []
+        low_rows = low_rows * matrix.scale  # the scale goes onto the smaller matrices
         for part, factor in zip(matrix.parts, b, strict=True):
-            of_part = grad_rows[:, part.rows] * matrix.scale  # [N, rows]
+            of_part = grad_rows[:, part.rows]  # [N, rows]
             torch.mm(of_part, factor.to(grad.dtype), out=grad_low[:, part.ranks])
             grads_b.append(add_outer(factor, of_part, low_rows[:, part.ranks]))
+        grad_low *= matrix.scale
         grad_a = add_outer(a, grad_low, x_rows)
         grad_x = None
         if ctx.needs_input_grad[0]:

@@ -21,7 +21,7 @@ def check(monkeypatch: pytest.MonkeyPatch) -> Any:
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="says what it says where no card is")
-@pytest.mark.parametrize("part", ["resident", "offload7b", "resume"])
+@pytest.mark.parametrize("part", ["resident", "offload7b", "resume", "qlora"])
 def test_without_a_card_nothing_is_measured(
     check: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str], part: str
 ) -> None:
