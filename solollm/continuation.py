@@ -25,6 +25,10 @@ from solollm.errors import BackendError, IntegrityError, SoloLLMError
 # `tools/measure_bands.py` found on CPUs (docs/results/migration.md: 8e-5 and 2.5e-3); on cards and
 # Apple GPUs they are still to be measured.
 BANDS: Mapping[str, float] = {"float32": 2e-4, "float16": 1e-3, "bfloat16": 1e-2}
+# Of losses where a frozen base is quantised by another codec than before (NF4, affine codes): what
+# docs/results/migration.md found, with a margin. The gradient's norm is not compared then: near a
+# minimum it is little more than the difference of the two bases' roundings.
+REQUANTISED_BAND = 0.1
 _SMALLEST = 1e-2  # a loss or norm below this counts as this: rounding does not shrink with it
 
 
@@ -95,9 +99,15 @@ def tolerance_between(before: Environment, now: Environment, *, same_machine: bo
 
 
 def compare(
-    promised: Continuation, found: Continuation, *, step: int, tolerance: float
+    promised: Continuation,
+    found: Continuation,
+    *,
+    step: int,
+    tolerance: float,
+    is_requantised: bool = False,
 ) -> Comparison:
-    """How far `found` is from what was `promised` after `step` steps.
+    """How far `found` is from what was `promised` after `step` steps. `is_requantised`: a frozen
+    base is held in other codes than then.
 
     Raises:
         IntegrityError: the batches are not the promised ones.
@@ -112,8 +122,12 @@ def compare(
     deviations = {
         f"the loss of step {step + 1}": _deviation(found.losses[0], promised.losses[0]),
         f"the loss of batch {step + 2}": _deviation(found.losses[1], promised.losses[1]),
-        f"the gradient norm of step {step + 1}": _deviation(found.grad_norm, promised.grad_norm),
     }
+    if is_requantised:
+        tolerance = max(tolerance, REQUANTISED_BAND)
+    else:
+        norm = _deviation(found.grad_norm, promised.grad_norm)
+        deviations[f"the gradient norm of step {step + 1}"] = norm
     place = max(deviations, key=lambda name: deviations[name])
     return Comparison(deviations[place], tolerance, place)
 

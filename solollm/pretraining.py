@@ -218,7 +218,10 @@ def _train(
         progress = Progress.of(start.checkpoint if start else None)
         resumed: list[Row] = []
         if start is not None:
-            resumed = _go_on(run, start, session, stream=streams.train, environment=environment)
+            codec = adapter.base.codec if adapter else ""
+            resumed = _go_on(
+                run, start, session, stream=streams.train, environment=environment, codec=codec
+            )
         run.rewind_metrics(progress.step)
         expected = expect(config, prepared.plan, prepared.backend)
         run.write_plan({**asdict(prepared.plan), "expected": expected})
@@ -281,10 +284,11 @@ def open_session(
 
 
 def _go_on(
-    run: Run, start: Start, session: TrainSession, *, stream: StepStream, environment: Environment
-) -> list[Row]:
+    run: Run, start: Start, session: TrainSession, *, stream: StepStream,
+    environment: Environment, codec: str = "",
+) -> list[Row]:  # fmt: skip
     """Prove that the run goes on as it would have, and tell what is not as it was, as events.
-    Raises IntegrityError, with nothing of the run changed."""
+    `codec`: of the frozen base now. Raises IntegrityError, with nothing of the run changed."""
     checkpoint, recorded = start
     step, promised = checkpoint.step, checkpoint.certificate.continuation
     rows: list[Row] = [{"kind": "resumed", "step": step, "checkpoint": checkpoint.path.name}]
@@ -300,7 +304,10 @@ def _go_on(
         measured.environment, environment, same_machine=measured.is_same_machine
     )
     found = look_ahead(session, stream, step)
-    comparison = compare(promised, found, step=step, tolerance=tolerance)
+    held = checkpoint.adapter.base.codec if checkpoint.adapter else codec
+    comparison = compare(
+        promised, found, step=step, tolerance=tolerance, is_requantised=held != codec
+    )
     fields = {"step": step, **comparison._asdict(), "result": str(comparison)}
     if not comparison.holds:
         run.append_event("continuation_refused", **fields)

@@ -1,15 +1,16 @@
 """What fine-tuning costs: peak memory by method, and speed beside transformers, peft and
 bitsandbytes on the same processor.
 
-    python tools/bench_finetune.py memory [--seq-len 512] [--rows 1]
+    python tools/bench_finetune.py memory [--seq-len 512] [--rows 1] [--backend mlx]
     python tools/bench_finetune.py speed  [--seq-len 512] [--rows 2] [--steps 3] [--turns 2]
     python tools/bench_finetune.py padded --data gsm8k/train.jsonl [--samples 24]
 
-`memory` trains a step of each method in a fresh process and prints its peak above what the
-process held once its frameworks were imported. `speed` takes turns in one process on full rows;
-`padded` on real rows of unequal length, which the peer pads and we pack, and counts only tokens
-that are somebody's. Times are processor seconds of this process, on one thread. The model is the
-125m preset over a vocabulary of 32,000 ids with random weights: neither cares what they are.
+`memory` trains a step of each method in a fresh process and prints its peak above what the process
+held once its frameworks were imported; on MLX, the peak that its allocator counts. `speed` takes
+turns in one process on full rows; `padded` on real rows of unequal length, which the peer pads and
+we pack, and counts only tokens that are somebody's. Times are processor seconds of this process, on
+one thread. The model is the 125m preset over a vocabulary of 32,000 ids with random weights:
+neither cares what they are.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ import psutil
 
 from solollm.adapters import AdapterOptions
 from solollm.architecture import ModelConfig, initial_parameter, parameter_table
-from solollm.backend import Batch, HostTensor, Plan, SessionOptions, TrainSession
+from solollm.backend import Backend, Batch, HostTensor, Plan, SessionOptions, TrainSession
 from solollm.config import OptimizerTable
 from solollm.dial import preset
 from solollm.finetune.packing import SampleStream
@@ -71,6 +72,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("part", choices=["memory", "speed", "padded", "child"])
     parser.add_argument("--method", choices=METHODS, default="qlora")
+    parser.add_argument("--backend", choices=["torch", "mlx"], default="torch")
     parser.add_argument("--seq-len", type=int, default=512)
     parser.add_argument("--rows", type=int, default=0)
     parser.add_argument("--steps", type=int, default=3)
@@ -89,7 +91,7 @@ def main() -> int:
 def describe() -> str:
     from importlib.metadata import version
 
-    names = ("torch", "transformers", "peft", "bitsandbytes", "accelerate")
+    names = ("torch", "mlx", "transformers", "peft", "bitsandbytes", "accelerate")
     shown = ", ".join(f"{name} {version(name)}" for name in names)
     model = preset("125m", VOCAB_SIZE)
     machine = f"{platform.machine()}, Python {platform.python_version()}"
@@ -100,8 +102,9 @@ def memory(arguments: argparse.Namespace) -> None:
     """Peaks of fresh processes."""
     rows = arguments.rows or 1
     peaks: dict[str, float] = {}
-    for method in METHODS:
+    for method in METHODS if arguments.backend == "torch" else METHODS[:3]:
         words = ["child", "--method", method, "--seq-len", str(arguments.seq_len)]
+        words += ["--backend", arguments.backend]
         words += ["--rows", str(rows)]
         done = subprocess.run(
             [sys.executable, __file__, *words], check=True, capture_output=True, text=True,
@@ -116,11 +119,17 @@ def memory(arguments: argparse.Namespace) -> None:
 
 
 def child(arguments: argparse.Namespace) -> dict[str, float]:
-    """One step of one method; resident bytes before the model, and the highest ever."""
+    """One step of one method; bytes before the model, and the most ever."""
+    model, rows, length = preset("125m", VOCAB_SIZE), arguments.rows or 1, arguments.seq_len
+    if arguments.backend == "mlx":
+        from solollm_mlx.backend import MlxBackend
+
+        session = make_session(model, arguments.method, rows=rows, seq_len=length, on=MlxBackend())
+        session.train_step(full_rows(rows, length, 0), lr=LR).result()
+        return {"baseline": 0, "peak": session.memory().peak_bytes}
     import torch
 
     torch.set_num_threads(1)
-    model, rows, length = preset("125m", VOCAB_SIZE), arguments.rows or 1, arguments.seq_len
     if arguments.method == "peer":
         with tempfile.TemporaryDirectory() as folder:
             write_base(Path(folder) / "base", model)
@@ -265,16 +274,19 @@ class Peer:
         return clock.seconds
 
 
-def make_session(model: ModelConfig, method: str, *, rows: int, seq_len: int) -> TrainSession:
+def make_session(
+    model: ModelConfig, method: str, *, rows: int, seq_len: int, on: Backend | None = None
+) -> TrainSession:
+    """`on` None: PyTorch. On MLX without `mx.compile`: compiling takes longer than the step."""
     from solollm_torch.backend import TorchBackend
 
     table = OptimizerTable(name="adamw", weight_decay=0.0)
     adapter = None
     if method != "full":
         adapter = AdapterOptions(rank=RANK, alpha=ALPHA, base_bits=4 if method == "qlora" else None)
-    session = TorchBackend().train_session(
+    session = (on or TorchBackend()).train_session(
         model,
-        SessionOptions(table, adapter=adapter),
+        SessionOptions(table, adapter=adapter, backend_options={"compile": False} if on else {}),
         Plan(rows, False, "float32", seq_len, rows),
     )
     if adapter is not None:

@@ -36,7 +36,7 @@ def memory_costs(
     if options.adapter is not None:
         held = adapter_bytes(model, options.adapter, options.optimizer, item)
         per_parameter = sum(held.values()) / model.num_parameters()
-        head_gradient = 0
+        head_gradient, logits = 0, logits // 2
     return MemoryCosts(
         fixed_bytes=PROCESS_BYTES,
         per_parameter_bytes=per_parameter,

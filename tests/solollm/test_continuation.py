@@ -186,6 +186,18 @@ def test_deviations_are_relative_and_the_largest_is_named() -> None:
     assert not compare(PROMISED, found, step=7, tolerance=1e-4).holds
 
 
+def test_another_codec_of_the_base_is_held_to_its_losses() -> None:
+    """Guards: a QLoRA run that no other backend may go on with; one that any may, whatever it
+    makes of it."""
+    found = PROMISED.model_copy(update={"losses": (2.1, 4.1), "grad_norm": 0.9})
+    comparison = compare(PROMISED, found, step=7, tolerance=2e-4, is_requantised=True)
+    assert comparison.holds
+    assert comparison.place == "the loss of step 8"
+    assert not compare(PROMISED, found, step=7, tolerance=2e-4).holds
+    wrong = PROMISED.model_copy(update={"losses": (2.3, 4.0)})
+    assert not compare(PROMISED, wrong, step=7, tolerance=2e-4, is_requantised=True).holds
+
+
 def contents(run: Path) -> dict[str, bytes]:
     return {
         path.relative_to(run).as_posix(): path.read_bytes()

@@ -12,12 +12,15 @@ import pytest
 
 pytest.importorskip("mlx.core", reason="these tests need mlx")
 import mlx.core as mx
-from solollm_mlx.memory import PROCESS_BYTES, memory_costs
+from solollm_mlx.backend import MlxBackend
+from solollm_mlx.memory import PROCESS_BYTES, adapter_bytes, memory_costs
 from solollm_mlx.session import MlxSession
 
+from solollm.adapters import AdapterOptions
 from solollm.architecture import ModelConfig
-from solollm.backend import Batch, SessionOptions
+from solollm.backend import Batch, DictSource, Plan, SessionOptions
 from solollm.config import OptimizerTable
+from solollm.testing.bench import lively_parameters
 
 BASE = {
     "vocab_size": 192, "hidden_size": 64, "intermediate_size": 192, "num_hidden_layers": 4,
@@ -74,6 +77,25 @@ def test_planned_state_is_what_a_session_holds(
     )
     planned = (costs.per_parameter_bytes - 4) * model.num_parameters()  # without the gradients
     assert taken == pytest.approx(planned, rel=0.05)
+    session.close()
+
+
+@pytest.mark.parametrize("bits", [None, 4], ids=["lora", "qlora"])
+def test_planned_adapter_state_is_what_a_session_holds(bits: Any) -> None:
+    """Guards the bytes of a frozen base, in codes or not: they decide whether a 7B fits a Mac."""
+    model = ModelConfig.model_validate(BASE)
+    adapter, table = AdapterOptions(rank=8, base_bits=bits), OptimizerTable(name="adamw")
+    gc.collect()
+    held = mx.get_active_memory()
+    options = SessionOptions(table, adapter=adapter, backend_options={"compile": False})
+    session = MlxBackend().train_session(model, options, Plan(4, False, "float32", 64, 4))
+    session.import_base(DictSource(lively_parameters(model)))
+    taken = mx.get_active_memory() - held
+    planned = adapter_bytes(model, adapter, table, 4)
+    assert taken == pytest.approx(sum(planned.values()) - planned["gradients"], rel=0.05)
+    costs = memory_costs(model, options, "float32")
+    total = costs.per_parameter_bytes * model.num_parameters()
+    assert total == pytest.approx(sum(planned.values()))
     session.close()
 
 
