@@ -104,6 +104,28 @@ class AdapterTable(_Table):
     target_modules: tuple[TargetModule, ...] = Field(TARGET_MODULES, min_length=1)
 
 
+class DpoTable(_Table):
+    """The objective `dpo`: the sigmoid loss over pairs; see solollm/preference.py."""
+
+    beta: float = Field(0.1, gt=0, description="how far the model may leave its reference")
+    label_smoothing: float = Field(0.0, ge=0, lt=0.5, description="share of pairs the wrong way")
+
+
+class GrpoTable(_Table):
+    """The objective `grpo`: answers drawn from the model itself and rewarded; see
+    solollm/finetune/rollouts.py and solollm/finetune/rewards.py."""
+
+    group_size: int = Field(8, ge=2, description="answers per prompt; divides train.batch_size")
+    max_new_tokens: int = Field(256, ge=1, description="of an answer")
+    beta: float = Field(0.0, ge=0, description="weight of the KL term; above 0: adapters only")
+    loss_type: Literal["dapo", "grpo", "dr_grpo"] = Field("dapo", description="TRL's names")
+    scale_rewards: Literal["group", "batch", "none"] = Field("group", description="TRL's names")
+    reward: str = Field("gsm8k", description="gsm8k, exact, regex, or FILE:FUNCTION")
+    pattern: str = Field("", description="of the reward `regex`; {answer}: the right one")
+    reward_seconds: float = Field(5.0, gt=0, description="for one answer; longer gives 0")
+    rollout_batch_size: int = Field(32, ge=1, description="answers that are drawn at once")
+
+
 class FinetuneTable(_Table):
     """What `solollm finetune` trains and on what; the base is `train.init_from`."""
 
@@ -123,6 +145,8 @@ class FinetuneTable(_Table):
     packing: bool = Field(True, description="several samples per row, attention apart")
     epochs: float = Field(1.0, gt=0, description="where train.steps and train.tokens are open")
     adapter: AdapterTable = AdapterTable()
+    dpo: DpoTable = DpoTable()
+    grpo: GrpoTable = GrpoTable()
 
 
 class CheckpointTable(_Table):

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+from collections.abc import Iterable, Mapping
+from typing import NamedTuple, Protocol, runtime_checkable
 
 from solollm.architecture import ModelConfig
-from solollm.backend import EngineOptions, Request, SamplingParams, TrainSession
+from solollm.backend import Batch, EngineOptions, Request, SamplingParams, TrainSession
 from solollm.config import EvalTable
 from solollm.data.stream import EpochStream
 from solollm.tokenizer import Tokenizer
@@ -20,6 +21,23 @@ class HeldOut(NamedTuple):
     loss: float
     bits_per_byte: float
     targets: int
+    facts: Mapping[str, float] = {}
+
+
+class Score(NamedTuple):
+    """What a stream of its own kind makes of one batch: `loss` and `facts` are sums over
+    `items` pairs or prompts."""
+
+    loss: float
+    items: int
+    facts: Mapping[str, float]
+
+
+@runtime_checkable
+class Scoring(Protocol):
+    """A held-out stream that is not measured by the language-model loss."""
+
+    def score(self, session: TrainSession, batch: Batch) -> Score: ...
 
 
 class Sample(NamedTuple):
@@ -37,12 +55,22 @@ def bits_per_byte(loss: float, bytes_per_target: float) -> float:
 def held_out_loss(session: TrainSession, stream: EpochStream, batches: int) -> HeldOut:
     """The loss over the first `batches` batches of the stream, the same ones every time. Over a
     part of the split, bits per byte use the whole split's bytes per target."""
+    if isinstance(stream, Scoring):
+        return _scored(session, stream, stream.epoch(batches))
     nll, targets = 0.0, 0
     for batch in stream.epoch(batches):
         batch_nll, batch_targets = session.eval_step(batch)
         nll, targets = nll + batch_nll, targets + batch_targets
     loss = nll / max(1, targets)
     return HeldOut(loss, bits_per_byte(loss, stream.bytes_per_target), targets)
+
+
+def _scored(session: TrainSession, scoring: Scoring, batches: Iterable[Batch]) -> HeldOut:
+    scores = [scoring.score(session, batch) for batch in batches]
+    count = max(1, sum(score.items for score in scores))
+    names = scores[0].facts if scores else {}
+    facts = {name: sum(score.facts[name] for score in scores) / count for name in names}
+    return HeldOut(sum(score.loss for score in scores) / count, math.nan, count, facts)
 
 
 def samples(

@@ -14,7 +14,7 @@ from typing import Any
 
 from solollm.adapters import AdapterOptions
 from solollm.architecture import ModelConfig
-from solollm.backend import Backend, Batch, Plan, SessionOptions
+from solollm.backend import Backend, Batch, Objective, Plan, SessionOptions
 from solollm.config import FinetuneTable, ModelTable, RunConfig
 from solollm.dial import from_depth, horizon, preset
 from solollm.errors import ConfigError, PlanError
@@ -208,10 +208,14 @@ def _fits(shape: Shape, config: RunConfig, backend: Backend) -> bool:
 def session_options(config: RunConfig, backend: Backend) -> SessionOptions:
     """How a session of this config trains on this backend."""
     table = config.finetune
+    objective: Objective = "lm" if table is None or table.objective == "sft" else table.objective
+    beta = {"lm": 0.0, "dpo": table.dpo.beta, "grpo": table.grpo.beta}[objective] if table else 0.0
     return SessionOptions(
         optimizer=config.optimizer,
         seed=config.train.seed,
-        objective="lm" if table is None or table.objective == "sft" else table.objective,
+        objective=objective,
+        beta=beta,
+        label_smoothing=table.dpo.label_smoothing if table and objective == "dpo" else 0.0,
         adapter=None if table is None else adapter_options(table, seed=config.train.seed),
         backend_options=config.backend_options.get(backend.name, {}),
     )

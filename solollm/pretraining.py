@@ -23,6 +23,7 @@ from solollm.data.stream import StepStream, require_fingerprint
 from solollm.environments import Recorded, environment_of, for_here, lineage_entry
 from solollm.errors import ConfigError, IntegrityError, SoloLLMError
 from solollm.faults import noting_faults
+from solollm.finetune.objectives import give_what_needs_weights
 from solollm.finetune.rendering import answer_settings
 from solollm.finetune.samples import tokenizer_of_samples
 from solollm.frozen_base import TrainedAdapter
@@ -216,6 +217,7 @@ def _train(
     with closing(session):
         environment = environment_of(prepared.backend, prepared.plan, session)
         progress = Progress.of(start.checkpoint if start else None)
+        completing = give_what_needs_weights(config, streams, session, at_start=start is None)
         resumed: list[Row] = []
         if start is not None:
             codec = adapter.base.codec if adapter else ""
@@ -242,6 +244,7 @@ def _train(
             adapter=adapter,
             generation=answer_settings(prepared.tokenizer) if config.finetune else None,
             is_chat=config.finetune is not None,
+            completing=completing,
             ranks=prepared.backend.ranks(),
         )
         awake = host.keep_awake() if config.machine.keep_awake else nullcontext(True)

@@ -10,6 +10,8 @@ from solollm.data.shards import Split
 from solollm.data.stream import BatchStream, EpochStream, StagedStream, StepStream, open_stream
 from solollm.errors import ConfigError, DataError
 from solollm.finetune.packing import SampleStream
+from solollm.finetune.preference import PairStream
+from solollm.finetune.rollouts import PromptStream
 from solollm.finetune.samples import SampleSplit, read_samples
 from solollm.schedule import decay_start
 
@@ -63,12 +65,18 @@ def _open_samples(
 ) -> RunStreams:
     """The streams of a fine-tuning: `data.corpus` is the folder of its samples."""
     samples = read_samples(Path(config.data.corpus))
+    kind = {"sft": SampleStream, "dpo": PairStream, "grpo": PromptStream}[table.objective]
+    if table.objective == "grpo":
+        batch_size //= table.grpo.group_size  # prompts: each becomes that many rows
 
     def opened(split: SampleSplit) -> SampleStream:
-        return SampleStream(
+        stream = kind(
             samples, split, seq_len=seq_len, batch_size=batch_size, seed=config.train.seed,
-            packing=table.packing,
+            packing=table.packing and table.objective == "sft",
         )  # fmt: skip
+        if isinstance(stream, PairStream):
+            stream.table = table.dpo
+        return stream
 
     train = opened("train")
     held_out = opened("held_out") if samples.held_out.num_samples else None

@@ -41,6 +41,7 @@ class _Launched:
     step: int
     lr: float
     pending: PendingMetrics
+    facts: Mapping[str, float]
 
 
 class Trainer:
@@ -139,35 +140,34 @@ class Trainer:
     def _start(self, batches: Prefetch) -> None:
         """Tell the sinks; then one step that changes nothing, so that running out of memory, a
         full disk or broken numbers show in seconds and not after an hour."""
-        place = {"start_step": self._start_step, "total_steps": self._total_steps}
+        first = self._start_step
+        place = {"start_step": first, "total_steps": self._total_steps}
         self._log.start({"run": self._run.path.name, **place, **self._work.facts})
         for note in self._work.notes:
             self._log.event(**note)
         with closing(self._session.snapshot()) as snapshot:
             self._writer.require_room(snapshot)
         if not self._work.rehearsed:
-            dry_run(self._session, batches.batch(self._progress.step), self._progress.step)
+            dry_run(self._session, self._work.ready(first, batches.batch(first)), first)
         self._interval = Interval(self._clock())
 
     def _launch(self, batches: Prefetch) -> None:
         """Start the next step, then read the one before while this one runs."""
         step = self._progress.step
         begun = self._clock()
-        batch = batches.batch(step)
+        batch = self._work.ready(step, batches.batch(step))
         self._interval.data_wait_seconds += self._clock() - begun
         if self._broken.is_passed_over(step + 1):
             self._resolve()
             self._progress.step = step + 1
             return
-        lr = lr_at(
-            step, total_steps=self._total_steps, peak_lr=self._peak_lr,
-            table=self._config.schedule,
-        )  # fmt: skip
+        table, total = self._config.schedule, self._total_steps
+        lr = lr_at(step, total_steps=total, peak_lr=self._peak_lr, table=table)
         pending = self._session.train_step(batch, lr=lr)
         self._interval.tokens += batch.num_targets
         self._resolve()
         self._progress.step = step + 1
-        self._launched = _Launched(step + 1, lr, pending)
+        self._launched = _Launched(step + 1, lr, pending, self._work.batch_facts())
         if step + 1 == self._total_steps:
             self._resolve()
 
@@ -205,6 +205,7 @@ class Trainer:
                 "memory_bytes": memory.current_bytes,
                 "peak_memory_bytes": memory.peak_bytes,
                 "elapsed_seconds": self._elapsed(),
+                **launched.facts,
             }
         )
         self._interval = Interval(now)
@@ -230,6 +231,7 @@ class Trainer:
                 "bits_per_byte": finite(measured.bits_per_byte),
                 "targets": measured.targets,
                 "seconds": seconds(),
+                **measured.facts,
             }
         )
 

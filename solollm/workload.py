@@ -8,10 +8,10 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from solollm.architecture import ModelConfig
-from solollm.backend import Ranks, TrainSession
+from solollm.backend import Batch, Ranks, TrainSession
 from solollm.checkpoint import Checkpoint, Environment
 from solollm.checkpoint_writer import CheckpointContents
 from solollm.data.stream import EpochStream, StepStream
@@ -58,13 +58,22 @@ class Interval:
     aside_seconds: float = 0.0  # evaluations, samples and waits for a save: no training
 
 
+class Completing(Protocol):
+    """Makes the batch of a step out of the stream's, with the session's weights as they are then
+    (GRPO's rollouts). `facts`: of the last one, for the step's row in the log."""
+
+    facts: dict[str, float]
+
+    def batch(self, step: int, batch: Batch) -> Batch: ...
+
+
 @dataclass(frozen=True)
 class Workload:
     """What a trainer works on. `environment`, what a bitwise resume depends on, is stored in every
     checkpoint; `facts` are told to sinks at the start, then `notes`, as events. A session that is
     `rehearsed` needs no dry run. `adapter` and `generation` are for the checkpoints of a
     fine-tuning (`CheckpointContents`), whose samples are answers: `is_chat`. `watch` looks after
-    the machine; None: nobody does."""
+    the machine; None: nobody does. `completing` adds to a batch what depends on the weights."""
 
     session: TrainSession
     stream: StepStream
@@ -80,7 +89,16 @@ class Workload:
     generation: Mapping[str, Any] | None = None
     is_chat: bool = False
     watch: Watch | None = None
+    completing: Completing | None = None
     ranks: Ranks = field(default_factory=Ranks)
+
+    def ready(self, step: int, batch: Batch) -> Batch:
+        """The batch of a step as it is trained on now."""
+        return batch if self.completing is None else self.completing.batch(step, batch)
+
+    def batch_facts(self) -> dict[str, float]:
+        """What is known of the last batch that was made ready."""
+        return {} if self.completing is None else dict(self.completing.facts)
 
     def contents(self) -> CheckpointContents:
         """What every checkpoint holds besides tensors and state."""

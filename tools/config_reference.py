@@ -17,7 +17,7 @@ from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
 from solollm.architecture import ModelConfig
-from solollm.config import AdapterTable, RunConfig
+from solollm.config import AdapterTable, DpoTable, GrpoTable, RunConfig
 
 TARGET = Path(__file__).resolve().parent.parent / "docs" / "reference" / "config.md"
 _HEAD = """# Settings
@@ -39,6 +39,8 @@ def reference() -> str:
         if table := _table_of(field):
             parts.append(_section(name, table))
     parts.append(_section("finetune.adapter", AdapterTable))
+    parts.append(_section("finetune.dpo", DpoTable))
+    parts.append(_section("finetune.grpo", GrpoTable))
     parts.append(_section("model.config", ModelConfig))
     return "\n".join(parts)
 

@@ -137,11 +137,14 @@ def _lay_out(row: Row, table: FinetuneTable, reading: Reading) -> Laid:
     return Laid(row.place, found, samples)
 
 
-def row_length(reading: Reading, asked: int | None, max_positions: int) -> int:
+def row_length(
+    reading: Reading, table: FinetuneTable, *, asked: int | None, max_positions: int
+) -> int:
     """`data.seq_len`, or what the longest sample needs within what the model reaches."""
     if asked is not None:
         return asked
-    needed = max(_MIN_SEQ_LEN, -(-reading.longest // 64) * 64)
+    drawn = table.grpo.max_new_tokens if table.objective == "grpo" else 0
+    needed = max(_MIN_SEQ_LEN, -(-(reading.longest + drawn) // 64) * 64)
     return min(needed, _MAX_SEQ_LEN, max_positions)
 
 

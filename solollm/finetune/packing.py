@@ -88,6 +88,11 @@ class SampleStream:
         return len(self._rows)
 
     @property
+    def token_shape(self) -> tuple[int, ...]:
+        """Of an array with a value for every token of the split."""
+        return self._samples.tokens.shape
+
+    @property
     def steps_per_epoch(self) -> int:
         return -(-self.num_rows // self.batch_size)
 
@@ -109,6 +114,10 @@ class SampleStream:
     def batch(self, step: int) -> Batch:
         """The global batch of optimizer step `step`, counted through all epochs. A row with no
         sample left (end of an epoch) has only ignored labels."""
+        return self._batch(self.rows_of(step))
+
+    def rows_of(self, step: int) -> list[list[int]]:
+        """Which samples stand in the rows of a step's batch."""
         if step < 0:
             raise ConfigError(f"there is no step {step}")
         epoch, number = divmod(step, self.steps_per_epoch)
@@ -117,7 +126,7 @@ class SampleStream:
         units = self.batch_size // group
         positions = np.arange(number * units, min((number + 1) * units, self._num_units))
         chosen = Permutation(self._num_units, key)(positions)
-        return self._batch([self._rows[int(u) * group + k] for u in chosen for k in range(group)])
+        return [self._rows[int(u) * group + k] for u in chosen for k in range(group)]
 
     def epoch(self, limit: int | None = None) -> Iterator[Batch]:
         """One pass over the split, or its first `limit` batches: the same ones at every call."""

@@ -123,7 +123,9 @@ def prepare_tuning(config: RunConfig) -> Prepared:
     tokenizer = tokenizer_for(base, table)
     model = read_starting_weights(base, tokenizer).model
     reading = read_conversations(table, tokenizer)
-    seq_len = row_length(reading, config.data.seq_len, model.max_position_embeddings)
+    seq_len = row_length(
+        reading, table, asked=config.data.seq_len, max_positions=model.max_position_embeddings
+    )
     findings = examine(reading, table, base, seq_len=seq_len)
     samples = sample_set(reading, table, seq_len)
     config = updated(config, "train", init_from=str(base))
@@ -142,7 +144,9 @@ def look(config: RunConfig) -> tuple[Reading, Findings]:
     tokenizer = tokenizer_for(base, table)
     model = read_starting_weights(base, tokenizer).model
     reading = read_conversations(table, tokenizer)
-    seq_len = row_length(reading, config.data.seq_len, model.max_position_embeddings)
+    seq_len = row_length(
+        reading, table, asked=config.data.seq_len, max_positions=model.max_position_embeddings
+    )
     return reading, examine(reading, table, base, seq_len=seq_len)
 
 
@@ -152,8 +156,12 @@ def _table_of(config: RunConfig) -> FinetuneTable:
         raise ConfigError("no base is given", fix="solollm finetune BASE --data FILE --run RUN")
     if not table.data:
         raise ConfigError("no data is given", fix="give --data FILE, once or several times")
-    if table.objective != "sft":
-        raise ConfigError(f"the objective {table.objective} cannot be trained yet", fix="use sft")
+    if table.objective == "grpo" and table.grpo.beta and table.method == "full":
+        raise ConfigError(
+            f"finetune.grpo.beta = {table.grpo.beta} needs a reference that stays as it is",
+            why="with finetune.method = full every weight moves, and a copy would cost as much",
+            fix="train an adapter (--method lora), or set finetune.grpo.beta=0",
+        )
     return table
 
 
@@ -165,15 +173,24 @@ def _resolved(
     assert seq_len is not None
     rows, lr = config.train.batch_size, config.optimizer.lr
 
+    # Rows of one sample, or of as many as belong together; GRPO's prompts become a group each.
+    together = {"sft": 1, "dpo": 2, "grpo": table.grpo.group_size}[table.objective]
+    drawn = together if table.objective == "grpo" else 1
+
     def stream(batch_size: int) -> SampleStream:
         return SampleStream(
-            samples, "train", seq_len=seq_len, batch_size=batch_size, seed=config.train.seed,
-            packing=table.packing,
+            samples, "train", seq_len=seq_len, batch_size=batch_size // drawn,
+            seed=config.train.seed, packing=table.packing and table.objective == "sft",
         )  # fmt: skip
 
     if rows is None:
-        most = max(1, stream(1).num_rows // _STEPS_PER_EPOCH)
-        rows = max(1, min(_TOKENS_PER_STEP // seq_len, most))
+        most = max(1, stream(together).num_rows * drawn // _STEPS_PER_EPOCH)
+        rows = max(1, min(_TOKENS_PER_STEP // seq_len, most) // together) * together
+    if rows % together:
+        raise ConfigError(
+            f"train.batch_size {rows} splits {'pairs' if together == 2 else 'groups'}",
+            fix=f"make it a multiple of {together}",
+        )
     if lr is None:
         # Wider models want smaller steps; adapters ten times those of the whole model.
         lr = (_FULL_LR if table.method == "full" else _ADAPTER_LR) * math.sqrt(
