@@ -2,7 +2,7 @@
 to PyTorch and back.
 
 The base is a small byte-level decoder, trained on Shakespeare for a moment; the adapter then learns
-another kind of text. Figures: run with `-rP`; they are in docs/results/migration.md.
+another kind of text. Figures: run with `-m slow -rP`; they are in docs/results/migration.md.
 """
 
 from __future__ import annotations
@@ -36,6 +36,7 @@ from solollm.config import OptimizerTable
 from solollm.testing.bench import State, require_same, require_same_state, state_of
 from solollm.testing.conformance_state import take_over
 
+pytestmark = pytest.mark.slow  # 40 processor seconds
 STEPS, CUT, ROWS, LENGTH = 60, 30, 4, 64
 SAME_BASE = 2e-4  # relative, fp32: the numerics contract
 OTHER_CODES = 2e-2  # of losses, where the base's codec changes: docs/results/migration.md

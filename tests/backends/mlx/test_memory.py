@@ -49,6 +49,7 @@ def test_planned_activations_are_within_15_percent(
     session = make_session(model, micro_batch_size=rows, activation_checkpointing=checkpointing)
     batch = make_batch(rows, length, packed=True)
     session.probe_step(batch)
+    gc.collect()  # or what other tests left, freed on the way, would hide a part of the peak
     mx.clear_cache()
     held = mx.get_active_memory()
     mx.reset_peak_memory()
