@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import signal
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,17 +17,20 @@ from solollm.architecture import ModelConfig
 from solollm.backend import IGNORED
 from solollm.checkpoint import latest_checkpoint
 from solollm.config import GrpoTable, RunConfig
-from solollm.errors import ConfigError, IntegrityError
+from solollm.errors import ConfigError, IntegrityError, StoppedBySignal
 from solollm.finetune.rewards import Answered, Scorer, exact, final_answer, gsm8k
 from solollm.finetune.rollouts import group_advantages, laid_out, request_seed
 from solollm.finetune.tuning import finetune, finetune_config, prepare_tuning
 from solollm.pretraining import resume
 from solollm.registry import find_backends
+from solollm.run_log import Row, Sink
 from solollm.runs import Run
 from solollm.tokenizer import Tokenizer
 
 MakeConfig = Callable[..., RunConfig]
 AVAILABLE = [c.name for c in find_backends() if c.probe.available and c.name in ("torch", "mlx")]
+# What takes long is run on one of them, and on the other with the slow ones.
+LEARNING = [pytest.param(n, marks=pytest.mark.slow) if n == "mlx" else n for n in AVAILABLE]
 
 
 @pytest.fixture(scope="module")
@@ -77,7 +82,7 @@ def forget_last(run: Path, step: int) -> None:
 
 
 @pytest.mark.parametrize("method", ["full", "lora"])
-@pytest.mark.parametrize("backend", AVAILABLE)
+@pytest.mark.parametrize("backend", LEARNING)
 def test_dpo_learns_what_is_preferred(
     dpo: MakeConfig, tmp_path: Path, backend: str, method: str
 ) -> None:
@@ -136,8 +141,6 @@ def grpo(guesser: Path, digits: Path, tmp_path_factory: pytest.TempPathFactory) 
     )
 
     def make(*overrides: str) -> RunConfig:
-        import os
-
         os.chdir(folder)
         return finetune_config(None, [
             f"train.init_from={json.dumps(str(guesser))}",
@@ -157,7 +160,7 @@ def _same_folder(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.chdir(tmp_path)
 
 
-@pytest.mark.parametrize("backend", AVAILABLE)
+@pytest.mark.parametrize("backend", LEARNING)
 def test_grpo_raises_its_reward(grpo: MakeConfig, tmp_path: Path, backend: str) -> None:
     """Guards the way from a reward to weights: advantages of the wrong answer, or none."""
     config = grpo("train.steps=40", "checkpoint.every_steps=0", "checkpoint.keep_best=false",
@@ -269,3 +272,29 @@ def test_a_function_that_fails_is_told(tmp_path: Path) -> None:
         scored(tmp_path, "", reward="../evil:score")
     with pytest.raises(ConfigError, match=r"there is no other\.py"):
         scored(tmp_path, "", reward="other:score")
+
+
+class StopAt(Sink):
+    """Sends this process SIGTERM once a step has been written down."""
+
+    def __init__(self, step: int) -> None:
+        self.step = step
+
+    def metrics(self, row: Row) -> None:
+        if row["step"] == self.step:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+
+@pytest.mark.parametrize("objective", ["dpo", "grpo"])
+def test_what_a_stopped_run_promises_holds(
+    dpo: MakeConfig, grpo: MakeConfig, tmp_path: Path, objective: str
+) -> None:
+    """Guards certificates that measure answers which were drawn, and never come again elsewhere."""
+    config = (dpo if objective == "dpo" else grpo)("train.steps=6", "checkpoint.every_steps=0")
+    with pytest.raises(StoppedBySignal):
+        finetune(config, tmp_path / "run", backend="torch", sinks=[StopAt(2)])
+    assert resume(tmp_path / "run").step == 6
+    proven = [e for e in Run.open(tmp_path / "run").read_events()
+              if e["kind"] == "continuation_proven"]  # fmt: skip
+    assert len(proven) == 1
+    assert proven[0]["deviation"] == 0
