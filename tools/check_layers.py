@@ -31,8 +31,8 @@ LAYERS = (
     "evaluation report held_out broken_steps continuation completion dialogue",
     "workload trainer",
     "ranks pretraining finetune planning environments horizon starting_weights run_streams",
-    "export importing serving cargo packing far_side pushing testing resume_proof migration_proof"
-    " supervisor story quickstart_move quickstart_tuning quickstart doctor benchmark"
+    "export importing serving guard cargo packing far_side pushing testing resume_proof"
+    " migration_proof supervisor story quickstart_move quickstart_tuning quickstart doctor benchmark"
     " text_benchmark",
     "commands",
     "cli",

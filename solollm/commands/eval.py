@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
     from solollm.evaluation.harness import Benchmark
     from solollm.evaluation.latency import Latency
     from solollm.evaluation.report import Evaluation
+    from solollm.guard.measurement import GuardReport
 
 _EPILOG = """\b
 Examples:
@@ -28,7 +30,24 @@ Examples:
 """
 
 
-@click.command("eval", epilog=_EPILOG)
+class EvalGroup(click.Group):
+    """`solollm eval RUN` measures a model; what has no model is a subcommand."""
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        if not args or args[0] not in self.commands:
+            args = ["model", *args]
+        return super().parse_args(ctx, args)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        return self.commands.get(cmd_name, self.commands["model"])
+
+
+@click.group("eval", cls=EvalGroup)
+def command() -> None:
+    """Measure a model, or the guard of the server."""
+
+
+@command.command("model", epilog=_EPILOG)
 @click.argument("model", type=click.Path(path_type=Path), metavar="RUN_OR_CHECKPOINT")
 @click.option("--text", "texts", multiple=True, type=click.Path(path_type=Path),
               help="Bits per byte of this file or folder.")  # fmt: skip
@@ -54,12 +73,12 @@ Examples:
               help="Write every prompt, answer and metric here, as JSON lines.")  # fmt: skip
 @click.option("--no-save", is_flag=True, help="Do not write the result into the run.")
 @click.option("--json", "as_json", is_flag=True, help="One JSON document on standard output.")
-def command(model: Path, as_json: bool, no_save: bool, log_samples: Path | None,
+def eval_model(model: Path, as_json: bool, no_save: bool, log_samples: Path | None,
             **asked: Any) -> None:  # fmt: skip
     """Measure a model: bits per byte, MMLU, GSM8K, and whatever lm-evaluation-harness knows.
 
     A run folder stands for its newest intact checkpoint. The result is printed beside published
-    figures, and stored in the run.
+    figures, and stored in the run. `solollm eval guard` measures the server's guard.
     """
     os.environ.setdefault("TQDM_DISABLE", "1")  # lm-eval's bars; this command shows its own
     from solollm.evaluation.harness import HarnessOptions
@@ -90,6 +109,54 @@ def command(model: Path, as_json: bool, no_save: bool, log_samples: Path | None,
         show_evaluation(evaluation, console())
         if stored is not None:
             console().print(f"stored in {stored}", soft_wrap=True)
+
+
+@command.command()
+@click.option("--count", type=click.IntRange(1), default=500, show_default=True,
+              help="Texts of each class, with a find and without.")  # fmt: skip
+@click.option("--seed", type=click.IntRange(0), default=1, show_default=True)
+@click.option("--json", "as_json", is_flag=True, help="One JSON document on standard output.")
+@click.pass_context
+def guard(ctx: click.Context, count: int, seed: int, as_json: bool) -> None:
+    """What the server's guard finds, what it takes for something else, and what it costs.
+
+    \b
+    Example:
+      solollm eval guard
+    """
+    from solollm.guard.measurement import measure_guard
+
+    terminal = console(stderr=True)
+    logging.getLogger("solollm.guard").setLevel(logging.ERROR)  # what it does is what is counted
+    with terminal.status("measuring") as status:
+        report = measure_guard(count, seed, tell=status.update)
+    if as_json:
+        print_json(report.document())
+    else:
+        _show_guard(report, console())
+    ctx.exit(0 if report.holds else 1)
+
+
+def _show_guard(report: GuardReport, terminal: Console) -> None:
+    rows = [
+        (
+            score.name, f"{score.recall:.1%}", f"{score.false_rate:.1%}",
+            f"{score.num_finds:,}", f"{score.num_benign:,}", "yes" if score.holds else "NO",
+        )
+        for score in report.classes
+    ]  # fmt: skip
+    columns = ("class", "recall", "false alarms", "finds", "benign", "holds")
+    _table(terminal, columns)(rows)
+    cost = report.latency
+    terminal.print(
+        f"added per chunk: {cost.mean_ms:.3f} ms on average, {cost.p99_ms:.3f} ms at the 99th"
+        f" percentile, {cost.max_ms:.2f} ms at most, of {cost.num_chunks:,}", soft_wrap=True,
+    )  # fmt: skip
+    for score in report.classes:
+        for text in score.missed if not score.holds else ():
+            terminal.print(f"missed, {score.name}: {text!r}", style="dim", markup=False)
+        for text in score.alarms if not score.holds else ():
+            terminal.print(f"false alarm, {score.name}: {text!r}", style="dim", markup=False)
 
 
 def _benchmarks(asked: dict[str, Any]) -> tuple[Benchmark, ...]:

@@ -11,12 +11,14 @@ import click
 from solollm.commands import console, print_json
 
 if TYPE_CHECKING:
+    from solollm.guard.guard import Guard
     from solollm.serving.server import Listening, ModelSource
 
 KEY_VARIABLE = "SOLOLLM_API_KEY"
 _EPILOG = """\b
 Examples:
   solollm serve runs/first
+  solollm serve runs/first --guard-config guard.toml
   solollm serve old=runs/first/checkpoints/step-00001000 new=runs/first --port 9000
   solollm serve runs/first --host 0.0.0.0 --key-file key.txt --allow-host my-machine.local
 """
@@ -51,11 +53,21 @@ Examples:
 @click.option("--allow-origin", "origins", multiple=True, help="A web page's origin to let in.")
 @click.option("--max-batch-size", type=click.IntRange(1), default=16, show_default=True)
 @click.option("--max-seq-len", type=click.IntRange(0), default=0, help="0: the model's.")
+@click.option(
+    "--guard",
+    type=click.Choice(["on", "off"]),
+    default="on",
+    show_default=True,
+    help="Filter personal data, loops and more out of answers.",
+)
+@click.option(
+    "--guard-config", type=click.Path(path_type=Path), help="TOML; see the guide on guardrails."
+)
 @click.option("--json", "as_json", is_flag=True, help="Say in JSON where it listens.")
 def command(
     models: tuple[str, ...], host: str, port: int, key_file: Path | None,
     hosts: tuple[str, ...], origins: tuple[str, ...], adapters: tuple[str, ...],
-    as_json: bool, **engines: Any,
+    guard: str, guard_config: Path | None, as_json: bool, **engines: Any,
 ) -> None:  # fmt: skip
     """Serve models to programs that speak OpenAI's API, and to people in a browser.
 
@@ -68,14 +80,34 @@ def command(
 
     rules = AccessRules(host=host, key=read_key(key_file), hosts=hosts, origins=origins)
     settings = EngineSettings(adapters=dict(map(read_adapter, adapters)), **engines)
-    options = ServeOptions(access=rules, port=port, engines=settings)
+    filters = open_guard(guard == "on", guard_config)
+    options = ServeOptions(access=rules, port=port, engines=settings, filters=filters)
     notices = console(stderr=True)
     notices.print(f"loading {', '.join(models)}", style="dim", markup=False, soft_wrap=True)
-    serve(
-        [read_source(model) for model in models],
-        options,
-        on_ready=lambda listening: _show(listening, as_json, bool(rules.key)),
-    )
+    try:
+        serve(
+            [read_source(model) for model in models],
+            options,
+            on_ready=lambda listening: _show(listening, as_json, bool(rules.key)),
+        )
+    finally:
+        if filters is not None:
+            filters.close()
+
+
+def open_guard(is_on: bool, config: Path | None) -> Guard | None:
+    """The guard of the settings in a file, or of the defaults; None where it is off.
+
+    Raises UsageError for settings of a guard that is off, ConfigError for bad ones.
+    """
+    from solollm.guard.guard import Guard
+    from solollm.guard.settings import read_settings
+
+    if not is_on and config is not None:
+        raise click.UsageError("--guard-config has no effect with --guard off")
+    if not is_on:
+        return None
+    return Guard(read_settings(config) if config is not None else None)
 
 
 def read_source(text: str) -> ModelSource:

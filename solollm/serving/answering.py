@@ -6,6 +6,7 @@ the same pieces. Per choice: token ids -> characters -> stop strings and filters
 
 from __future__ import annotations
 
+import asyncio
 import time
 from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass, field
@@ -72,6 +73,7 @@ class ChoiceText:
         self._tokenizer = tokenizer
         self._decoder = tokenizer.stream(skip_special=parser is None)
         self._filters = FilterChain(filters)
+        self.is_slow = any(item.is_slow for item in filters)
         self._is_scored = is_scored
         self._parser = parser
         self._num_decoded = self._num_shown = 0  # characters
@@ -141,7 +143,13 @@ class Answer:
             self._timing.note(len(tokens))
             pieces = []
             for index, token in tokens:
-                piece = None if index in self._ended else self._choices[index].push(token)
+                if index in self._ended:
+                    continue
+                choice = self._choices[index]
+                if choice.is_slow:
+                    piece = await asyncio.to_thread(choice.push, token)
+                else:
+                    piece = choice.push(token)
                 if piece is not None:
                     pieces.append(piece)
                     self._end(piece, token)

@@ -106,7 +106,10 @@ class Front:
         timing: Timing,
     ) -> Response:  # fmt: skip
         if prepared.is_scored and self.filters is not None:
-            raise invalid("log-probabilities would show what the filters hide", "logprobs")
+            raise invalid(
+                "log-probabilities would show what the guard hides; the server gives them with"
+                " --guard off", "logprobs",
+            )  # fmt: skip
         choices = prepared.choices(self.filters)
         stream = await prepared.model.engine.open(prepared.jobs)
         answer = Answer(stream, choices, timing)

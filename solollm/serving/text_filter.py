@@ -20,6 +20,7 @@ class TextFilter(ABC):
     depend on how the text was cut into pieces."""
 
     stopped: StopReason | None = None  # set: the answer ends with what was returned
+    is_slow = False  # it waits for something, and is not asked on the server's loop
 
     @abstractmethod
     def push(self, text: str) -> str:
