@@ -32,8 +32,8 @@ LAYERS = (
     "workload trainer",
     "ranks pretraining finetune planning environments horizon starting_weights run_streams",
     "export importing serving guard cargo packing far_side pushing testing resume_proof"
-    " migration_proof supervisor story quickstart_move quickstart_tuning quickstart doctor benchmark"
-    " text_benchmark",
+    " migration_proof supervisor story quickstart_move quickstart_tuning quickstart doctor"
+    " benchmark text_benchmark",
     "commands",
     "cli",
     "__main__",
