@@ -44,7 +44,13 @@ class EvalGroup(click.Group):
 
 @click.group("eval", cls=EvalGroup)
 def command() -> None:
-    """Measure a model, or the guard of the server."""
+    """Measure a model (the default), or the guard of the server.
+
+    \b
+    Example:
+      solollm eval runs/first
+      solollm eval guard
+    """
 
 
 @command.command("model", epilog=_EPILOG)
