@@ -231,6 +231,8 @@ class MemoryCosts:
     Attributes:
         state_bytes: the tensors of `per_parameter_bytes` one by one, exact, where the backend
             counts them; then these are planned with.
+        allocator_per_token_bytes, allocator_per_token_checkpointed_bytes: what the allocator cannot
+            use again meanwhile, beside the two per token.
         host_bytes: what the session holds in the host's memory beside a card's, by name, and
             `host_per_token_bytes` of a micro-batch.
         traffic_bytes: what crosses the link between them, the busier way, per "micro-batch" and
@@ -243,6 +245,8 @@ class MemoryCosts:
     per_token_checkpointed_bytes: float
     loss_chunk_bytes: int
     state_bytes: Mapping[str, int] = field(default_factory=dict)
+    allocator_per_token_bytes: float = 0.0
+    allocator_per_token_checkpointed_bytes: float = 0.0
     host_bytes: Mapping[str, int] = field(default_factory=dict)
     host_per_token_bytes: float = 0.0
     traffic_bytes: Mapping[str, int] = field(default_factory=dict)

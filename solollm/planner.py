@@ -300,6 +300,9 @@ def _micro_batch_sizes(question: Question) -> list[int]:
 def _layout(question: Question, way: Way, costs: MemoryCosts, pieces: tuple[int, bool]) -> Layout:
     rows, checkpointing = pieces
     per_token = costs.per_token_checkpointed_bytes if checkpointing else costs.per_token_bytes
+    lost = costs.allocator_per_token_bytes
+    if checkpointing:
+        lost = costs.allocator_per_token_checkpointed_bytes
     tokens = rows * question.seq_len
     state = costs.state_bytes or {
         "weights, gradients, optimizer": int(
@@ -312,6 +315,8 @@ def _layout(question: Question, way: Way, costs: MemoryCosts, pieces: tuple[int,
         "activations": int(per_token * tokens),
         "loss": costs.loss_chunk_bytes,
     }
+    if lost:
+        table["allocator"] = int(lost * tokens)
     host = dict(costs.host_bytes)
     if costs.host_per_token_bytes:
         host["activations"] = int(costs.host_per_token_bytes * tokens)

@@ -3,10 +3,10 @@
     python tools/check_plan.py memory            each shape in a fresh process, two steps
     python tools/check_plan.py time --steps 200  calibrated from cut models, then really run
 
-`memory` compares the plan without its fixed part with the process's peak above what it held when
-the framework was imported. `time` calibrates (`solollm.calibration`: half and a quarter of the
-layers, one and two micro-batches) and then runs the whole shape, so no shape is compared with a
-measurement of itself. Both print one line of JSON per shape.
+`memory` compares plan and peak, both above what the process held when the framework was imported.
+`time` calibrates (`solollm.calibration`: half and a quarter of the layers, one and two
+micro-batches) and then runs the whole shape, so no shape is compared with a measurement of itself.
+Both print one line of JSON per shape.
 """
 
 from __future__ import annotations
@@ -87,11 +87,13 @@ def _memory(shape: Shape, _: argparse.Namespace) -> dict[str, float]:
     model, options, plan = _pieces(shape)
     backend = TorchBackend()
     costs = backend.memory_costs(model, options, "float32")
-    per_token = costs.per_token_bytes
+    tokens = plan.micro_batch_size * plan.seq_len
+    per_token = costs.per_token_bytes + costs.allocator_per_token_bytes
     if plan.activation_checkpointing:
         per_token = costs.per_token_checkpointed_bytes
-    planned = sum(costs.state_bytes.values()) + costs.loss_chunk_bytes
-    planned += int(per_token * plan.micro_batch_size * plan.seq_len)
+        per_token += costs.allocator_per_token_checkpointed_bytes
+    planned = costs.fixed_bytes + sum(costs.state_bytes.values()) + costs.loss_chunk_bytes
+    planned += int(per_token * tokens) - _resident_bytes()
     batch = synthetic_batch(model, plan.batch_size, plan.seq_len)
     before = _peak_bytes()
     session = backend.train_session(model, options, plan)
@@ -134,8 +136,16 @@ def _time(shape: Shape, arguments: argparse.Namespace) -> dict[str, float]:
 
 def _peak_bytes() -> int:
     """The process's peak resident memory so far."""
+    return _status("VmHWM:")
+
+
+def _resident_bytes() -> int:
+    return _status("VmRSS:")
+
+
+def _status(name: str) -> int:
     for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith("VmHWM:"):
+        if line.startswith(name):
             return int(line.split()[1]) * 1024
     raise SystemExit("this tool reads /proc/self/status: run it on Linux")
 

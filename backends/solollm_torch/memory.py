@@ -23,6 +23,7 @@ from solollm_torch.optim import MUON_BATCH_ELEMENTS
 CUDA_CONTEXT_BYTES = 600 * 2**20
 CPU_PROCESS_BYTES = 400 * 2**20  # the interpreter and PyTorch's libraries
 NF4_BYTES = 0.5 + 1 / 64 + 4 / (64 * 256)  # per weight: a code, its block's 8-bit magnitude
+ALLOCATOR_LOSS = 0.08  # of the activations that blocks keep, on a processor
 MUON_SCRATCH_COPIES = 5  # of one batch of matrices: the iteration's products and their inputs
 
 
@@ -34,12 +35,14 @@ def memory_costs(
     kept, passing, ends = _bytes_per_token(model, item)
     residual = model.hidden_size * item
     fixed = CPU_PROCESS_BYTES if device.type == "cpu" else CUDA_CONTEXT_BYTES
-    if options.optimizer.name == "muon":
+    # On a processor the update's scratch memory is what the activations have given back.
+    if options.optimizer.name == "muon" and device.type != "cpu":
         fixed += MUON_SCRATCH_COPIES * 4 * MUON_BATCH_ELEMENTS
     head_bytes = 4 * model.vocab_size * model.hidden_size  # the embedding's gradient, for a moment
     chunk_bytes = chunk_rows(model.vocab_size, device) * model.vocab_size
     chunk_bytes *= 4 if compute_dtype == "float32" else 8  # bf16 logits are widened and narrowed
     state = resident_bytes(model, options, compute_dtype)
+    lost, lost_again = _lost_per_token(model, item, kept, device)
     return MemoryCosts(
         fixed_bytes=fixed,
         per_parameter_bytes=sum(state.values()) / model.num_parameters(),
@@ -47,7 +50,22 @@ def memory_costs(
         per_token_checkpointed_bytes=model.num_hidden_layers * residual + kept + passing + ends,
         loss_chunk_bytes=max(chunk_bytes, head_bytes),
         state_bytes=state,
+        allocator_per_token_bytes=lost,
+        allocator_per_token_checkpointed_bytes=lost_again,
     )
+
+
+def _lost_per_token(
+    model: ModelConfig, item: int, kept: int, device: torch.device
+) -> tuple[float, float]:
+    """What the C library's allocator loses on a processor, fitted to `docs/results/plan.md`. With
+    recomputing, a block's output lands in the hole that its temporaries leave, and the next block's
+    largest one no longer fits there."""
+    if device.type != "cpu":
+        return 0.0, 0.0
+    layers, residual = model.num_hidden_layers, model.hidden_size * item
+    largest = 2 * model.intermediate_size * item
+    return ALLOCATOR_LOSS * layers * kept, max(0.0, (layers - 2.0) * (largest - residual))
 
 
 def sharded_costs(
