@@ -159,10 +159,11 @@ def test_a_worker_that_hangs_is_replaced(serving: Callable[..., Any]) -> None:
 
 @pytest.fixture
 def process(served_checkpoint: Path) -> Iterator[tuple[subprocess.Popen[str], str]]:
-    """`solollm serve` as a user starts it, and its address."""
+    """`solollm serve` as a user starts it, and its address. Without the guard, which ends the loops
+    that a random model writes."""
     command = [
         sys.executable, "-m", "solollm", "serve", f"tiny={served_checkpoint}", "--port", "0",
-        "--backend", "torch", "--json",
+        "--backend", "torch", "--guard", "off", "--json",
     ]  # fmt: skip
     child = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     assert child.stdout is not None
