@@ -16,6 +16,7 @@ import argparse
 import os
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -109,7 +110,12 @@ def _run(name: str, command: list[str]) -> bool:
     # One test process per core, each with one thread: the models of the tests are too small for
     # two, and threads that wait for each other on a busy machine wait very long.
     settings = {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "passive", **os.environ}
-    code = subprocess.run(command, cwd=ROOT, env=settings, check=False).returncode
+    with tempfile.TemporaryDirectory(
+        prefix="solollm-check-", ignore_cleanup_errors=True
+    ) as scratch:
+        # pytest's default keeps three runs' files and, at its end, deletes older ones, whoever's.
+        own = ["--basetemp", f"{scratch}/files"] if "pytest" in command else []
+        code = subprocess.run([*command, *own], cwd=ROOT, env=settings, check=False).returncode
     verdict = "ok" if code == 0 else "nothing to run" if code == NO_TESTS else f"failed ({code})"
     say(f"--- {name}: {verdict}, {time.monotonic() - started:.0f} s")
     return code in (0, NO_TESTS)

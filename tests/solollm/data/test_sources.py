@@ -8,6 +8,7 @@ import json
 import os
 import random
 import re
+import shutil
 import sys
 import types
 from collections.abc import Iterator
@@ -252,9 +253,22 @@ def test_folders_may_be_deeper_than_the_stack(tmp_path: Path) -> None:
             Path("d").mkdir()
             os.chdir("d")
         Path("end.txt").write_text("found")
+        os.chdir(home)
+        assert _texts(_read(tmp_path)) == ["found"]
     finally:
         os.chdir(home)
-    assert _texts(_read(tmp_path)) == ["found"]
+        _remove_deep(tmp_path / "d")
+
+
+def _remove_deep(folder: Path) -> None:
+    """Delete folder/d/d/... one level a time: `shutil.rmtree`, and so pytest, recurses and dies."""
+    while folder.exists():
+        inner = folder.with_name("inner")
+        if (folder / "d").exists():
+            (folder / "d").rename(inner)
+        shutil.rmtree(folder)
+        if inner.exists():
+            inner.rename(folder)
 
 
 def test_damaged_parquet_is_quarantined(tmp_path: Path) -> None:
