@@ -26,7 +26,7 @@ from solollm.story import Narrator, start
 _HELD_OUT_SHARE = 10  # one in so many
 _ASKED = 24  # held-out questions that are scored
 _CHOICES = 4
-_ROWS, _SEQ_LEN, _STEPS = 4, 256, 80
+_ROWS, _SEQ_LEN, _STEPS = 4, 256, 160
 _MIN_CHARS, _MAX_CHARS = 20, 160
 _MAX_FILES = 260
 
@@ -117,11 +117,12 @@ def tune(narrator: Narrator, folder: Path, run: Path, backend: str) -> Tuned:
     before = _score(run, backend, asked)
     tuned = folder / "tuned"
     words = [
-        "finetune", str(run), "--data", str(data), "--run", str(tuned), "--backend", backend,
+        "finetune", str(run), "--data", str(data), "--run", str(tuned), "--method", "full",
+        "--backend", backend,
     ]  # fmt: skip
     settings = [
         f"train.steps={_STEPS}", f"train.batch_size={_ROWS}", f"data.seq_len={_SEQ_LEN}",
-        "finetune.over_length=drop", "eval.sample_tokens=32", "optimizer.lr=0.004",
+        "finetune.over_length=drop", "eval.sample_tokens=32", "optimizer.lr=0.002",
     ]  # fmt: skip
     narrator.command([*words, "--set", settings[0]])
     child = start([*words, *(word for item in settings for word in ("--set", item))])

@@ -98,6 +98,15 @@ class TensorFile:
         read_at(self._fd, _as_bytes(data), info.begin, self.path)
         return HostTensor(cast(DType, info.dtype), info.shape, data)
 
+    def row(self, name: str, index: int) -> np.ndarray:
+        """Row `index` of a matrix of floats, as float32, without reading the rest."""
+        info = self.info(name)
+        if info.dtype not in _FLOATS or len(info.shape) != 2 or not 0 <= index < info.shape[0]:
+            raise refused(self.path, f"tensor {name!r}", f"has no row {index} of numbers")
+        data = np.empty(info.shape[1], BITS_DTYPE[info.dtype])
+        read_at(self._fd, _as_bytes(data), info.begin + index * data.nbytes, self.path)
+        return HostTensor(cast(DType, info.dtype), data.shape, data).float32()
+
     def digest(self, name: str) -> str:
         """sha256 of the tensor's raw bytes, read in pieces."""
         info = self.info(name)
@@ -168,6 +177,10 @@ class Weights:
         if not is_finite(tensor):
             raise refused(file.path, f"tensor {name!r}", "holds NaN or infinity")
         return tensor
+
+    def row(self, name: str, index: int) -> np.ndarray:
+        """Row `index` of a matrix, as float32, without reading the rest."""
+        return self._file(name).row(name, index)
 
     def close(self) -> None:
         for file in self.files:

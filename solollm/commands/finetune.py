@@ -97,6 +97,8 @@ def show_findings(findings: Findings) -> None:
     say(f"tokens      {findings.num_targets:,} trained; {lengths}")
     if findings.truncated:
         say(f"too long    {findings.truncated:,} samples")
+    for warning in findings.warnings:
+        say(f"WARNING     {warning}")
 
 
 def show_check(reading: Reading, findings: Findings, *, as_json: bool) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -15,15 +16,18 @@ from solollm.errors import DataError
 from solollm.finetune.dataset import MAX_OVER_LENGTH_SHARE, Reading
 from solollm.finetune.rendering import Rendered
 from solollm.model_folder import CONFIG, GENERATION, read_table
+from solollm.tensorfile import open_weights
 from solollm.tokenizer import Tokenizer
 
 _SHOWN_PROBLEMS = 20
+_SAME_DIRECTION = 0.999  # cosine; 1 - 3e-7 in a base, 0.995 after a hundred steps of tuning
+_EMBEDDING, _HEAD = "model.embed_tokens.weight", "lm_head.weight"
 
 
 @dataclass(frozen=True)
 class Findings:
-    """What was found. `faults`: each a reason not to start; `problems`: rows that cannot be used;
-    `truncated`: samples longer than `seq_len`."""
+    """What was found. `faults`: each a reason not to start; `warnings`: what may be meant so;
+    `problems`: rows that cannot be used; `truncated`: samples longer than `seq_len`."""
 
     shapes: dict[str, int]
     num_train: int
@@ -34,6 +38,7 @@ class Findings:
     truncated: int
     problems: tuple[str, ...]
     faults: tuple[str, ...]
+    warnings: tuple[str, ...] = ()
 
     def require_sound(self) -> None:
         """Raise DataError with every fault."""
@@ -46,7 +51,8 @@ class Findings:
 
     def as_json(self) -> dict[str, Any]:
         """Everything, as plain values."""
-        return {**vars(self), "problems": list(self.problems), "faults": list(self.faults)}
+        lists = {name: list(getattr(self, name)) for name in ("problems", "faults", "warnings")}
+        return {**vars(self), **lists}
 
 
 def examine(reading: Reading, table: FinetuneTable, base: Path, *, seq_len: int) -> Findings:
@@ -77,7 +83,31 @@ def examine(reading: Reading, table: FinetuneTable, base: Path, *, seq_len: int)
         truncated=len(too_long),
         problems=tuple(reading.problems[:_SHOWN_PROBLEMS]),
         faults=tuple(faults),
+        warnings=tuple(_unlearnt(base, reading.tokenizer)) if table.method != "full" else (),
     )
+
+
+def _unlearnt(base: Path, tokenizer: Tokenizer) -> list[str]:
+    """Whether the base has ever seen the end of a turn: adapters leave its embedding as it is.
+
+    A token that was never a target has only been pushed away, and so points where every such token
+    points, the padding too (Land and Bartolo, 2024, "Fishing for Magikarp").
+    """
+    if tokenizer.pad_id in tokenizer.stop_ids or not (base / CONFIG).is_file():
+        return []
+    with contextlib.closing(open_weights(base)) as weights:
+        name = _HEAD if _HEAD in weights.names() else _EMBEDDING
+        if name not in weights.names() or weights.info(name).dtype not in ("F32", "F16", "BF16"):
+            return []  # quantised, or with names of its own
+        end, pad = (weights.row(name, token) for token in (tokenizer.end_id, tokenizer.pad_id))
+    norms = float(np.linalg.norm(end) * np.linalg.norm(pad))
+    if norms == 0 or float(end @ pad) / norms < _SAME_DIRECTION:
+        return []
+    return [
+        f"the base never learnt the end of turn {_token(tokenizer, tokenizer.end_id)}, and an"
+        " adapter leaves its embedding as it is: the tuned model would hardly ever stop by itself;"
+        " `--method full` teaches it"
+    ]
 
 
 def _ending_faults(samples: Sequence[Rendered], tokenizer: Tokenizer) -> list[str]:

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from safetensors.numpy import save_file
 
 from solollm.config import FinetuneTable
 from solollm.errors import ConfigError, DataError, IntegrityError
@@ -164,3 +165,28 @@ def test_files_that_disagree_on_eos_are_a_fault(small_tokenizer: Tokenizer, tmp_
         (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": value}))
         findings = examine(reading, FinetuneTable(), tmp_path, seq_len=64)
         assert (not findings.faults) is sound, findings.faults
+
+
+@pytest.mark.parametrize(("learnt", "method", "warned"), [
+    (False, "lora", True), (False, "qlora", True), (False, "full", False), (True, "lora", False),
+])  # fmt: skip
+def test_an_adapter_over_a_base_that_never_saw_the_end_of_turn_is_warned_of(
+    small_tokenizer: Tokenizer, tmp_path: Path, learnt: bool, method: str, warned: bool
+) -> None:
+    """Guards: a base from plain text, tuned with LoRA, that answers on and on: the embedding of
+    the end of turn points where all unseen tokens point, and stays frozen."""
+    path = tmp_path / "rows.jsonl"
+    path.write_text("\n".join([GOOD] * 40), encoding="utf-8")
+    table = np.random.default_rng(0).normal(size=(small_tokenizer.padded_vocab_size, 16))
+    if not learnt:
+        table[small_tokenizer.end_id] = 2 * table[small_tokenizer.pad_id]
+    weights = {"model.embed_tokens.weight": table.astype(np.float32)}
+    save_file(weights, tmp_path / "model.safetensors")
+    (tmp_path / "config.json").write_text("{}", encoding="utf-8")
+    reading = read(small_tokenizer, path)
+    tuning = FinetuneTable.model_validate({"method": method})
+    findings = examine(reading, tuning, tmp_path, seq_len=64)
+    assert not findings.faults
+    assert [("never learnt the end of turn" in line) for line in findings.warnings] == [
+        True
+    ] * warned
