@@ -158,6 +158,11 @@ def _show_guard(report: GuardReport, terminal: Console) -> None:
         f"added per chunk: {cost.mean_ms:.3f} ms on average, {cost.p99_ms:.3f} ms at the 99th"
         f" percentile, {cost.max_ms:.2f} ms at most, of {cost.num_chunks:,}", soft_wrap=True,
     )  # fmt: skip
+    for chunk in () if cost.holds else cost.slowest:
+        terminal.print(
+            f"slow: {chunk.ms:.2f} ms, mostly {chunk.filter}, after {chunk.text!r}",
+            style="dim", markup=False,
+        )  # fmt: skip
     for score in report.classes:
         for text in score.missed if not score.holds else ():
             terminal.print(f"missed, {score.name}: {text!r}", style="dim", markup=False)

@@ -2,7 +2,8 @@
 
 Measured on the held-out sentences of `sample_texts`, with the default settings and three rules as a
 user may write them. A find counts if nothing of the value is shown, of a loop or a message if the
-answer is ended; a false alarm is a harmless text that is changed or ended in any way.
+answer is ended; a false alarm is a harmless text that is changed or ended in any way. The time is
+measured on texts of all classes, and on some that are made to take long.
 """
 
 from __future__ import annotations
@@ -11,14 +12,14 @@ import random
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from solollm.guard import samples
 from solollm.guard.guard import Guard
 from solollm.guard.sample_texts import HELD_OUT, Texts
 from solollm.guard.samples import PERSONAL_KINDS, Sample, drawn
 from solollm.guard.settings import GuardSettings, Rule
-from solollm.serving.text_filter import FilterChain, FilterContext
+from solollm.serving.text_filter import FilterChain, FilterContext, TextFilter
 
 ASKED_RECALL, ASKED_FALSE, ASKED_MS = 0.90, 0.02, 5.0
 CHUNK_CHARS = 4  # about a token
@@ -28,6 +29,14 @@ _RULES = (
     Rule(name="intranet", pattern=r"https?://intra\.corp/\S{1,60}", max_chars=80),
 )
 _BENIGN_MESSAGE = "Tell me about it."
+_LATENCY_TEXTS = 20  # of each class, with a find and without
+_LATENCY_CHARS = 2000  # of each
+_SLOWEST = 5
+# No word ends in them, so that much is held back and then looked at at once.
+_UNBROKEN = (
+    "=", "-", "0", "a", "A1", "a@b.", "(1)", "1-", "00-1.", "a1/+-", "sk-a1b2c3d4e5-", "eyJ",
+    "GB29", "\u4e2d", "bearer:", "-----BEGIN ",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -55,6 +64,15 @@ class ClassScore:
         return self.recall >= ASKED_RECALL and self.false_rate <= ASKED_FALSE
 
 
+class ChunkTime(NamedTuple):
+    """One chunk: milliseconds in all filters together, the filter that took most of them, and the
+    end of the answer so far."""
+
+    ms: float
+    filter: str
+    text: str
+
+
 @dataclass(frozen=True)
 class Latency:
     """Milliseconds of processor time that the guard adds to one chunk, all filters together."""
@@ -63,6 +81,7 @@ class Latency:
     mean_ms: float
     p99_ms: float
     max_ms: float
+    slowest: tuple[ChunkTime, ...]
 
     @property
     def holds(self) -> bool:
@@ -106,7 +125,9 @@ def measure_guard(
         finds, benign = texts_of(name, texts, count, seed)
         scores.append(_score(name, guard, finds, benign))
         if name != "distress":
-            answers += [sample.text for sample in (*finds[:20], *benign[:20])]
+            some = (*finds[:_LATENCY_TEXTS], *benign[:_LATENCY_TEXTS])
+            answers += [sample.text for sample in some]
+    answers += [unit * (_LATENCY_CHARS // len(unit)) for unit in _UNBROKEN]
     tell("latency")
     return GuardReport(tuple(scores), _latency(guard, answers), count, seed)
 
@@ -164,6 +185,25 @@ def _score(
     )  # fmt: skip
 
 
+class _Timed(TextFilter):
+    """A filter, and the milliseconds of this thread on the processor in its last push."""
+
+    def __init__(self, item: TextFilter) -> None:
+        self._item = item
+        self.name = type(item).__name__
+        self.ms = 0.0
+
+    def push(self, text: str) -> str:
+        begun = time.thread_time_ns()
+        shown = self._item.push(text)
+        self.ms = (time.thread_time_ns() - begun) / 1e6
+        self.stopped = self._item.stopped
+        return shown
+
+    def finish(self) -> str:
+        return self._item.finish()
+
+
 def _latency(guard: Guard, answers: Sequence[str]) -> Latency:
     """Each answer is filtered three times, and a chunk's least time counts: what others do on the
     machine meanwhile is not the guard's."""
@@ -174,18 +214,25 @@ def _latency(guard: Guard, answers: Sequence[str]) -> Latency:
     ]
     taken.sort()
     return Latency(
-        len(taken), sum(taken) / len(taken), taken[int(len(taken) * 0.99)], taken[-1]
+        len(taken), sum(chunk.ms for chunk in taken) / len(taken),
+        taken[int(len(taken) * 0.99)].ms, taken[-1].ms, tuple(reversed(taken[-_SLOWEST:])),
     )  # fmt: skip
 
 
-def _chunk_times(guard: Guard, text: str) -> list[float]:
-    """Milliseconds of this thread on the processor, per chunk of an answer."""
-    chain = FilterChain(guard(FilterContext([{"role": "user", "content": _BENIGN_MESSAGE}], True)))
+def _chunk_times(guard: Guard, text: str) -> list[ChunkTime]:
+    """The chunks of an answer, up to where the guard ends it."""
+    context = FilterContext([{"role": "user", "content": _BENIGN_MESSAGE}], True)
+    filters = [_Timed(item) for item in guard(context)]
+    chain = FilterChain(filters)
     times = []
-    for start in range(0, min(len(text), 2000), CHUNK_CHARS):
-        begun = time.thread_time_ns()
-        chain.push(text[start : start + CHUNK_CHARS])
-        times.append((time.thread_time_ns() - begun) / 1e6)
+    for start in range(0, min(len(text), _LATENCY_CHARS), CHUNK_CHARS):
+        end = start + CHUNK_CHARS
+        for item in filters:
+            item.ms = 0.0
+        chain.push(text[start:end])
+        slowest = max(filters, key=lambda item: item.ms)
+        ms = sum(item.ms for item in filters)
+        times.append(ChunkTime(ms, slowest.name, text[max(0, end - 40) : end]))
         if chain.stopped:
             break
     return times

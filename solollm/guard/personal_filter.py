@@ -15,8 +15,12 @@ from solollm.guard.notices import Action, Notices
 from solollm.guard.personal import CONTEXT_CHARS, KINDS, LABELS, bare, find_personal
 from solollm.serving.text_filter import TextFilter
 
-_MAX_WORD, _MAX_GROUP = 1024, 160  # characters; what is longer is looked at in parts
-_DELIMITERS = r"\s,;\"'<>{}\[\]|`*\\"
+_MAX_WORD, _MAX_GROUP = 512, 160  # characters; what is longer is looked at in parts
+# Scripts without spaces: a reader does not wait for their end, and values stand right beside them.
+_SPACELESS = (  # Thai and Lao, Burmese, Khmer, Chinese and Japanese with their signs
+    "\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3000-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uff01-\uff0f"
+)
+_DELIMITERS = rf"\s,;\"'<>{{}}\[\]|`*\\{_SPACELESS}"
 _GAP = re.compile(rf"[{_DELIMITERS}]+")
 _WORD = re.compile(rf"[^{_DELIMITERS}]+")
 # A word that may go on with a number in the word before: digits, signs, capitals of an account.
@@ -51,6 +55,7 @@ class PersonalData(TextFilter):
         self._held = ""
         self._before = ""  # the end of what was looked at
         self._in_key = False
+        self._in_value = False  # a find goes on where its word was cut
 
     @cached_property
     def _known(self) -> str:
@@ -70,6 +75,9 @@ class PersonalData(TextFilter):
             if self._in_key:
                 if not self._skip_key(is_last):
                     break
+                continue
+            if self._in_value:
+                self._skip_word()
                 continue
             gap = _GAP.match(self._held)
             if gap is not None:
@@ -137,6 +145,7 @@ class PersonalData(TextFilter):
                 return "".join(shown)
             shown.append(LABELS[kind])
             at = end
+        self._in_value = at == len(group) and at >= _MAX_WORD
         return "".join([*shown, group[at:]])
 
     def _key_header(self, is_last: bool) -> str | None:
@@ -157,6 +166,12 @@ class PersonalData(TextFilter):
             return ""
         self._in_key = True
         return "[private key]"
+
+    def _skip_word(self) -> None:
+        """Drop what is left of a word whose beginning was a find."""
+        rest = _WORD.match(self._held)
+        self._take(0 if rest is None else rest.end())
+        self._in_value = not self._held
 
     def _skip_key(self, is_last: bool) -> bool:
         """Drop a private key's text up to its last line; whether that was reached."""

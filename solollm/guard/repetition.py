@@ -28,6 +28,9 @@ class LoopStop(TextFilter):
     def __init__(self, notices: Notices) -> None:
         self._notices = notices
         self._codes = np.full(_MAX_PERIOD + _BLOCK, -1, np.int32)  # what came before, and a block
+        # Views into it, made once: making them takes longer than what is done with them.
+        self._back = sliding_window_view(self._codes, _MAX_PERIOD)[:_BLOCK]  # [_BLOCK, period]
+        self._new = self._codes[_MAX_PERIOD:, None]  # [_BLOCK, 1]
         self._num_new = 0  # characters of the block that are there
         self._matched = np.zeros(_MAX_PERIOD, np.int64)  # per period: characters as so far back
         periods = np.arange(_MAX_PERIOD, 0, -1)
@@ -60,8 +63,7 @@ class LoopStop(TextFilter):
         if self._num_new < _BLOCK:
             return False
         self._num_new = 0
-        back = sliding_window_view(self._codes, _MAX_PERIOD)[:_BLOCK]  # [_BLOCK, period]
-        is_equal = back == self._codes[_MAX_PERIOD:, None]
+        is_equal = self._back == self._new  # [_BLOCK, period]
         since_unequal = np.argmin(is_equal[::-1], axis=0)
         is_whole = is_equal.all(axis=0)
         self._matched = np.where(is_whole, self._matched + _BLOCK, since_unequal)

@@ -64,11 +64,13 @@ class WordFilter(_RuleFilter):
         shown: list[str] = []
         at = 0
         while at < len(self._held) and not self.stopped:
-            word = _WORD.match(self._held, at)
+            word = _WORD.search(self._held, at)
             if word is None:
-                shown.append(self._held[at])
-                at += 1
-                continue
+                shown.append(self._held[at:])
+                at = len(self._held)
+                break
+            shown.append(self._held[at : word.start()])
+            at = word.start()
             if not is_last and _is_open(word, self._held):
                 break
             end = self._phrase_end(word, is_last)

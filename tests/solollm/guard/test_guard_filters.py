@@ -15,7 +15,7 @@ from solollm.guard.measurement import texts_of
 from solollm.guard.notices import Notices
 from solollm.guard.personal_filter import PersonalData
 from solollm.guard.sample_texts import DEVELOP, HELD_OUT
-from solollm.guard.settings import GuardSettings, Rule
+from solollm.guard.settings import GuardSettings, RepetitionTable, Rule
 from solollm.serving.text_filter import FilterChain, FilterContext
 
 RULES = (
@@ -31,7 +31,8 @@ PIECES = (
     "-----END RSA PRIVATE KEY-----", "-----BEGIN", "---", "api_key = 'x7Kp2mQ9vT4wZ8nB3cD5'",
     "Project\n Bluebird", "bluebirds", "青い鳥が", "T-12345", "T-1234567890123456", "T-", "maybe",
     "stop here", " ", "\n", ", ", ". ", "(", "1", "12 34 ", "word ", "Ein Satz. ", "+", "é", "😀",
-    "x" * 30, "https://a.b/c?d=e ", "1. the same line of some words\n", "| a | b |\n",
+    "x" * 30, "é" * 511, "x1@" * 171, f"eyJ{'a1b2' * 9}.eyJ{'a1b2-cdefg' * 60}",
+    "https://a.b/c?d=e ", "1. the same line of some words\n", "| a | b |\n",
 )  # fmt: skip
 
 
@@ -103,12 +104,20 @@ def test_a_thousand_random_cuts_change_nothing() -> None:
         ("-----BEGIN PRIVATE KEY-----\nabc\n-----END PRIVATE KEY-----\nbye", "[private key]\nbye"),
         ("-----BEGIN PRIVATE KEY-----\nabc", "[private key]"),
         ("-----BEGIN CERTIFICATE-----\nabc", None),
+        ("请联系mira@kestrel.io谢谢", "请联系[email]谢谢"),
+        (f"(eyJ0eXAi{'x1' * 9}.eyJzdWIi{'Yz4' * 300}.{'q9_' * 60}) ok", "([key] ok"),
     ],
 )  # fmt: skip
 def test_personal_data_is_masked_and_nothing_else(said: str, shown: str | None) -> None:
     """A leak, or an ordinary number that is hidden; a mask that eats its neighbours."""
     data = PersonalData(Notices(is_silent=True))
     assert data.push(said) + data.finish() == (said if shown is None else shown)
+
+
+def test_text_without_spaces_streams() -> None:
+    """Chinese that came a thousand characters at a time, because no word of it seemed to end."""
+    data = PersonalData(Notices(is_silent=True))
+    assert data.push("今天天气很好。我们去公园。") == "今天天气很好。我们去公园。"
 
 
 def test_what_the_conversation_holds_is_no_leak() -> None:
@@ -179,7 +188,8 @@ def test_no_pattern_and_no_text_takes_long() -> None:
     """A pattern whose time explodes: `(a+)+$` on such a text never ends in Python's `re`.
     Counted in processor time, with a bound that only an explosion reaches."""
     rule = Rule(name="evil", pattern=r"(a+)+$|(.*)*x{30}", max_chars=1000)
-    evil = Guard(GuardSettings(rules=(rule,)))
+    unlooped = RepetitionTable(enabled=False)  # it would end them before they are long
+    evil = Guard(GuardSettings(rules=(rule,), repetition=unlooped))
     texts = ("a" * 20_000 + "!", "1-" * 10_000, "a@" * 10_000, "(" * 20_000, "+1 " * 7_000,
              "GB29 " * 4_000, "-----BEGIN " * 2_000, "eyJ" * 7_000,
              "I want to " * 2_000, "DA39A3EE5E6B4B0D3255BFEF9560 " * 700)  # fmt: skip
