@@ -125,12 +125,14 @@ def _show_text(read: TextBenchmark) -> None:
               help="Of each user, one after the other.")  # fmt: skip
 @click.option("--new-tokens", type=click.IntRange(1), default=32, show_default=True)
 @click.option("--prompt-tokens", type=click.IntRange(2), default=32, show_default=True)
+@click.option("--max-batch-size", type=click.IntRange(1), default=16, show_default=True,
+              help="Sequences at once, on every stack.")  # fmt: skip
 @click.option("--stack", "stacks", multiple=True, help="Only these. Default: all that are here.")
 @click.option("--vllm-python", type=click.Path(path_type=Path), help="An interpreter with vLLM.")
 @click.option("--json", "as_json", is_flag=True, help="One JSON document on standard output.")
 def serve(
     model: Path, users: str, requests: int, new_tokens: int, prompt_tokens: int,
-    stacks: tuple[str, ...], vllm_python: Path | None, as_json: bool,
+    max_batch_size: int, stacks: tuple[str, ...], vllm_python: Path | None, as_json: bool,
 ) -> None:  # fmt: skip
     """Serving one to many users, beside vLLM and mlx_lm.server where they are installed.
 
@@ -152,7 +154,8 @@ def serve(
     with terminal.status("starting") as status:
         measured = bench_serve(
             model, stacks=stacks, users=counts, prompt_tokens=prompt_tokens, tell=status.update,
-            load=Load(1, requests, new_tokens), vllm_python=vllm_python,
+            load=Load(1, requests, new_tokens), max_batch_size=max_batch_size,
+            vllm_python=vllm_python,
         )  # fmt: skip
     if as_json:
         print_json(measured.to_json())
@@ -170,6 +173,11 @@ def serve(
                 f"{result.tokens_per_cpu_second:,.0f}", f"{result.goodput:.2f}",
             )  # fmt: skip
     console().print(table)
+    for name in list(measured.stacks)[1:]:
+        console().print(
+            f"{name} gave the text of {next(iter(measured.stacks))} in"
+            f" {measured.agreement(name):.0%} of the requests", style="dim", markup=False,
+        )  # fmt: skip
 
 
 def _show(measured: TrainBenchmark) -> None:

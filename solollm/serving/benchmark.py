@@ -1,8 +1,9 @@
 """`solollm bench serve`: the same load on this server, on vLLM and on mlx_lm.server, in turns.
 
-Each stack is a process tree of its own over the same checkpoint. At every number of users each
-stack gets the same prompts; its processor time stands beside the wall time, because on a busy
-machine only the former says anything.
+Each stack is a process tree of its own over the same checkpoint, with the same number of sequences
+at once, and without our guard, which the others do not have. At every number of users each stack
+gets the same prompts, of which none was seen before; its processor time stands beside the wall
+time, because on a busy machine only the former says anything.
 """
 
 from __future__ import annotations
@@ -10,13 +11,14 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import importlib.util
+import itertools
 import json
 import socket
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -34,8 +36,8 @@ from solollm.serving.vllm_process import MODEL_NAME, VllmProcess, VllmSettings
 
 STACKS = ("solollm-torch", "solollm-mlx", "vllm", "mlx_lm.server")
 DEFAULT_USERS = (1, 2, 4, 8, 16, 32, 64)
+DEFAULT_BATCH = 16
 _START_SECONDS = 900.0
-_PROMPTS = 64
 _NAME = "model"
 
 
@@ -47,6 +49,15 @@ class ServeBenchmark:
     users: tuple[int, ...]
     prompt_tokens: int
     new_tokens: int
+    max_batch_size: int
+
+    def agreement(self, stack: str) -> float:
+        """The share of requests with the same text as the first stack gave."""
+        first, own = (self._texts(name) for name in (next(iter(self.stacks)), stack))
+        return sum(a == b for a, b in zip(first, own, strict=True)) / len(first)
+
+    def _texts(self, stack: str) -> list[str]:
+        return [seen.text for result in self.stacks[stack] for seen in result.seen]
 
     def scaling(self, stack: str, users: int) -> float:
         """Tokens per processor second at this many users, over those at one; 0 without either."""
@@ -58,6 +69,8 @@ class ServeBenchmark:
     def to_json(self) -> dict[str, Any]:
         return {
             "prompt_tokens": self.prompt_tokens, "new_tokens": self.new_tokens,
+            "max_batch_size": self.max_batch_size,
+            "agreement": {name: self.agreement(name) for name in self.stacks},
             "stacks": {name: [r.to_json() for r in of] for name, of in self.stacks.items()},
         }  # fmt: skip
 
@@ -69,6 +82,7 @@ def bench_serve(
     users: Sequence[int] = DEFAULT_USERS,
     load: Load | None = None,
     prompt_tokens: int = 32,
+    max_batch_size: int = DEFAULT_BATCH,
     vllm_python: Path | None = None,
     tell: Callable[[str], None],
 ) -> ServeBenchmark:
@@ -87,22 +101,25 @@ def bench_serve(
             f" {model.max_position_embeddings}", fix="give smaller ones",
         )  # fmt: skip
     chosen = _chosen(stacks, vllm_python)
-    prompts = _prompts(side, prompt_tokens)
+    per_user = 1 + load.requests_per_user  # the first to warm up
+    prompts = iter(_prompts(side, prompt_tokens, per_user * sum(users)))
     results: dict[str, list[LoadResult]] = {name: [] for name in chosen}
     with contextlib.ExitStack() as running:
         servers = {}
         for name in chosen:
             tell(f"starting {name}")
-            servers[name] = running.enter_context(_running(name, side, vllm_python))
+            opened = _running(name, side, max_batch_size, vllm_python)
+            servers[name] = running.enter_context(opened)
         for count in users:
-            sized = Load(**{**load.__dict__, "users": count})
+            sized = replace(load, users=count)
+            first = list(itertools.islice(prompts, count))
+            own = list(itertools.islice(prompts, count * load.requests_per_user))
             for name, (target, cpu) in servers.items():
                 tell(f"{name}: {count} users")
-                run_load(target, Load(**{**sized.__dict__, "requests_per_user": 1}), prompts,
-                         cpu_seconds=cpu)  # fmt: skip
-                results[name].append(run_load(target, sized, prompts, cpu_seconds=cpu))
+                run_load(target, replace(sized, requests_per_user=1), first, cpu_seconds=cpu)
+                results[name].append(run_load(target, sized, own, cpu_seconds=cpu))
     done = {name: tuple(of) for name, of in results.items()}
-    return ServeBenchmark(done, tuple(users), prompt_tokens, load.new_tokens)
+    return ServeBenchmark(done, tuple(users), prompt_tokens, load.new_tokens, max_batch_size)
 
 
 def _chosen(stacks: Sequence[str], vllm_python: Path | None) -> list[str]:
@@ -121,22 +138,22 @@ def _chosen(stacks: Sequence[str], vllm_python: Path | None) -> list[str]:
     return list(stacks) or [name for name in STACKS if here[name]]
 
 
-def _prompts(side: TextSide, length: int) -> list[str]:
+def _prompts(side: TextSide, length: int, count: int) -> list[str]:
     """Texts of about `length` tokens, no two alike at the beginning: no cache helps anyone."""
     rng = np.random.default_rng(0)
     special = side.tokenizer.special_tokens.values()
     plain = [i for i in range(side.tokenizer.vocab_size) if i not in special]
     words = [i for i in plain if side.tokenizer.token_bytes(i).strip(b" ").isalnum()] or plain
-    return [side.tokenizer.decode(rng.choice(words, length - 1).tolist()) for _ in range(_PROMPTS)]
+    return [side.tokenizer.decode(rng.choice(words, length - 1).tolist()) for _ in range(count)]
 
 
 @contextlib.contextmanager
 def _running(
-    name: str, side: TextSide, vllm_python: Path | None
+    name: str, side: TextSide, max_batch_size: int, vllm_python: Path | None
 ) -> Iterator[tuple[Target, Callable[[], float]]]:
     """A stack's server and a function that gives the processor time of its processes."""
     if name == "vllm":
-        with _vllm(side, vllm_python) as found:
+        with _vllm(side, max_batch_size, vllm_python) as found:
             yield found
         return
     if name == "mlx_lm.server":
@@ -144,6 +161,7 @@ def _running(
         command = [
             sys.executable, "-m", "mlx_lm", "server", "--model", str(side.checkpoint),
             "--host", "127.0.0.1", "--port", str(port), "--log-level", "ERROR",
+            "--decode-concurrency", str(max_batch_size),
         ]  # fmt: skip
         with _process(command) as child:
             url = f"http://127.0.0.1:{port}"
@@ -154,6 +172,7 @@ def _running(
     command = [
         sys.executable, "-m", "solollm", "serve", f"{_NAME}={side.checkpoint}", "--port", "0",
         "--engine", "builtin", "--backend", name.removeprefix("solollm-"), "--json",
+        "--guard", "off", "--max-batch-size", str(max_batch_size),
     ]  # fmt: skip
     with _process(command) as child:
         assert child.stdout is not None
@@ -164,7 +183,9 @@ def _running(
 
 
 @contextlib.contextmanager
-def _vllm(side: TextSide, python: Path | None) -> Iterator[tuple[Target, Callable[[], float]]]:
+def _vllm(
+    side: TextSide, max_batch_size: int, python: Path | None
+) -> Iterator[tuple[Target, Callable[[], float]]]:
     found = find_vllm(python)
     assert found is not None, "asked for where there is none"
     model = read_model_config(side.checkpoint)
@@ -172,6 +193,7 @@ def _vllm(side: TextSide, python: Path | None) -> Iterator[tuple[Target, Callabl
     settings = VllmSettings(
         python=found.python, max_seq_len=model.max_position_embeddings, eager=not has_card,
         dtype="auto" if has_card else "float32", memory_bytes=0 if has_card else 1 << 30,
+        max_batch_size=max_batch_size,
     )  # fmt: skip
     process = VllmProcess(side.checkpoint, settings)
     try:

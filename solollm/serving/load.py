@@ -53,6 +53,7 @@ class Seen:
     gap_seconds: tuple[float, ...]
     seconds: float
     tokens: int
+    text: str = ""
 
 
 @dataclass(frozen=True)
@@ -155,6 +156,7 @@ async def _ask(client: httpx.AsyncClient, target: Target, load: Load, prompt: st
     }  # fmt: skip
     started = time.monotonic()
     moments: list[float] = []
+    pieces: list[str] = []
     tokens = 0
     try:
         async with client.stream("POST", "/v1/completions", json=body) as answer:
@@ -165,6 +167,7 @@ async def _ask(client: httpx.AsyncClient, target: Target, load: Load, prompt: st
                 event = _event(line)
                 if event.get("choices"):
                     moments.append(time.monotonic() - started)
+                    pieces.append(event["choices"][0]["text"])
                 if event.get("usage"):
                     tokens = int(event["usage"]["completion_tokens"])
     except httpx.HTTPError as error:
@@ -172,7 +175,7 @@ async def _ask(client: httpx.AsyncClient, target: Target, load: Load, prompt: st
     if not moments:
         raise BackendError("an answer came without any text")
     gaps = tuple(after - before for before, after in itertools.pairwise(moments))
-    return Seen(moments[0], gaps, moments[-1], tokens or len(moments))
+    return Seen(moments[0], gaps, moments[-1], tokens or len(moments), "".join(pieces))
 
 
 def _event(line: str) -> dict[str, Any]:
