@@ -29,7 +29,7 @@ from solollm.serving.token_engine import (
     EngineState,
     EngineUnavailable,
     JobRefused,
-    Token,
+    QueuedStream,
     TokenEngine,
     TokenJob,
     TokenStream,
@@ -231,47 +231,13 @@ class BuiltInEngine(TokenEngine):
             stream.fail(EngineUnavailable("the model's worker ended; it is being started again"))
 
 
-class _Stream(TokenStream):
-    """Some jobs' tokens. What a slow reader has not taken waits here, bounded by the jobs."""
+class _Stream(QueuedStream):
+    """Some jobs in the worker."""
 
     def __init__(self, engine: BuiltInEngine, jobs: Sequence[TokenJob]) -> None:
+        super().__init__(len(jobs))
         self.numbers: list[int] = []
         self._engine = engine
-        self._waiting: list[tuple[int, Token]] = []
-        self._open = set(range(len(jobs)))
-        self._error: Exception | None = None
-        self._news = asyncio.Event()
 
-    def put(self, index: int, token: Token) -> None:
-        self._waiting.append((index, token))
-        if token.finish_reason is not None:
-            self._open.discard(index)
-        self._news.set()
-
-    def fail(self, error: Exception) -> None:
-        self._error = error
-        self._news.set()
-
-    async def next(self) -> Sequence[tuple[int, Token]]:
-        while True:
-            if self._waiting:
-                taken, self._waiting = self._waiting, []
-                return taken
-            if self._error is not None:
-                await self.close()
-                raise self._error
-            if not self._open:
-                return []
-            self._news.clear()
-            await self._news.wait()
-
-    def cancel(self, index: int) -> None:
-        self._open.discard(index)
-        self._waiting = [pair for pair in self._waiting if pair[0] != index]
+    def stop_job(self, index: int) -> None:
         self._engine.forget(self.numbers[index])
-        self._news.set()
-
-    async def close(self) -> None:
-        for number in self.numbers:
-            self._engine.forget(number)
-        self._open.clear()

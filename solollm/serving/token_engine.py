@@ -7,6 +7,7 @@ An engine owns the model: `built_in` is a worker process of our own around a bac
 
 from __future__ import annotations
 
+import asyncio
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -112,6 +113,61 @@ class TokenStream(ABC):
     @abstractmethod
     async def close(self) -> None:
         """Stop what still runs."""
+
+
+class QueuedStream(TokenStream):
+    """A stream that an engine puts tokens into. What a slow reader has not taken waits here,
+    bounded by the jobs."""
+
+    def __init__(self, num_jobs: int) -> None:
+        self._waiting: list[tuple[int, Token]] = []
+        self._open = set(range(num_jobs))
+        self._error: Exception | None = None
+        self._news = asyncio.Event()
+
+    @abstractmethod
+    def stop_job(self, index: int) -> None:
+        """Take a job out of the engine; nothing where it has ended."""
+
+    def put(self, index: int, token: Token) -> None:
+        """A token, or the last one, of a job."""
+        self._waiting.append((index, token))
+        if token.finish_reason is not None:
+            self._open.discard(index)
+        self._news.set()
+
+    def end(self, index: int) -> None:
+        """Nothing more comes of a job, whatever came."""
+        self._open.discard(index)
+        self._news.set()
+
+    def fail(self, error: Exception) -> None:
+        """The stream is over for this reason, once what came before it is read."""
+        self._error = error
+        self._news.set()
+
+    async def next(self) -> Sequence[tuple[int, Token]]:
+        while True:
+            if self._waiting:
+                taken, self._waiting = self._waiting, []
+                return taken
+            if self._error is not None:
+                await self.close()
+                raise self._error
+            if not self._open:
+                return []
+            self._news.clear()
+            await self._news.wait()
+
+    def cancel(self, index: int) -> None:
+        self.stop_job(index)
+        self._waiting = [pair for pair in self._waiting if pair[0] != index]
+        self.end(index)
+
+    async def close(self) -> None:
+        running, self._open = self._open, set()
+        for index in running:
+            self.stop_job(index)
 
 
 class TokenEngine(ABC):

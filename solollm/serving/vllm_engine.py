@@ -26,6 +26,7 @@ from solollm.serving.token_engine import (
     EngineState,
     EngineUnavailable,
     JobRefused,
+    QueuedStream,
     Token,
     TokenEngine,
     TokenJob,
@@ -194,55 +195,29 @@ class VllmEngine(TokenEngine):
         return answer.status_code == 200
 
 
-class _Stream(TokenStream):
-    """One HTTP stream per job, gathered in one queue."""
+class _Stream(QueuedStream):
+    """One HTTP stream per job."""
 
     def __init__(self, engine: VllmEngine, jobs: Sequence[TokenJob]) -> None:
-        self._waiting: list[tuple[int, Token]] = []
-        self._error: BaseException | None = None
-        self._news = asyncio.Event()
-        self._tasks = {
-            index: asyncio.create_task(self._run(engine, index, job))
-            for index, job in enumerate(jobs)
-        }
+        super().__init__(len(jobs))
+        self._tasks = [
+            asyncio.create_task(self._run(engine, index, job)) for index, job in enumerate(jobs)
+        ]
 
-    async def next(self) -> Sequence[tuple[int, Token]]:
-        while True:
-            if self._waiting:
-                taken, self._waiting = self._waiting, []
-                return taken
-            if self._error is not None:
-                await self.close()
-                raise self._error
-            if not self._tasks:
-                return []
-            self._news.clear()
-            await self._news.wait()
-
-    def cancel(self, index: int) -> None:
-        if (task := self._tasks.pop(index, None)) is not None:
-            task.cancel()
-        self._waiting = [pair for pair in self._waiting if pair[0] != index]
+    def stop_job(self, index: int) -> None:
+        self._tasks[index].cancel()
 
     async def close(self) -> None:
-        tasks = list(self._tasks.values())
-        self._tasks.clear()
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
+        await super().close()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
 
     async def _run(self, engine: VllmEngine, index: int, job: TokenJob) -> None:
         try:
-            await engine.run(job, lambda token: self._put(index, token))
+            await engine.run(job, lambda token: self.put(index, token))
         except Exception as error:  # told to whoever reads the stream
-            self._error = error
+            self.fail(error)
         finally:
-            self._tasks.pop(index, None)
-            self._news.set()
-
-    def _put(self, index: int, token: Token) -> None:
-        self._waiting.append((index, token))
-        self._news.set()
+            self.end(index)
 
 
 def request_body(job: TokenJob, model: str, bias: Mapping[int, float]) -> dict[str, Any]:
