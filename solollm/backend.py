@@ -298,7 +298,8 @@ class Probe(NamedTuple):
 @dataclass(frozen=True)
 class Capabilities:
     """What a backend can do here, as data. `adapters`: "lora", and "qlora-<codec>" where a frozen
-    base can be held in 4 bits, with the codec's name."""
+    base can be held in 4 bits, with the codec's name. `paged_states`: 8-bit states may lie in
+    memory that moves between card and host by itself."""
 
     device: str
     train_dtypes: tuple[ComputeDType, ...]
@@ -307,6 +308,7 @@ class Capabilities:
     optimizers: tuple[str, ...]
     state_bits: tuple[int, ...] = (32,)
     adapters: tuple[str, ...] = ()
+    paged_states: bool = False
     multi_device: bool = False
     versions: Mapping[str, str] = field(default_factory=dict)
 

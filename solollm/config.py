@@ -66,6 +66,9 @@ class OptimizerTable(_Table):
     state_bits: Literal[8, 16, 32] = Field(
         32, description="8: block-wise codes; 16: bf16 rounded stochastically; see optim_codec"
     )
+    paged: bool = Field(
+        False, description="8-bit AdamW only: states leave an NVIDIA card when it is full"
+    )
     clip_norm: float = Field(1.0, ge=0, description="global gradient norm; 0: no clipping")
     clip: Literal["exact", "lagged"] = Field("exact", description="lagged: the norm of last step")
 

@@ -101,9 +101,11 @@ def for_here(config: RunConfig, recorded: Recorded, backend: Backend) -> RunConf
     freed from what was chosen for another machine where not."""
     if recorded.fits(backend):
         return _as_recorded(config, recorded.environment)
-    dtype = config.train.compute_dtype
-    if dtype not in backend.capabilities().train_dtypes:
+    dtype, capabilities = config.train.compute_dtype, backend.capabilities()
+    if dtype not in capabilities.train_dtypes:
         dtype = "auto"
+    if not capabilities.paged_states:
+        config = updated(config, "optimizer", paged=False)
     return updated(
         config, "train", micro_batch_size=None, activation_checkpointing=None, compute_dtype=dtype
     )

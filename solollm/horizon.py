@@ -15,9 +15,9 @@ from typing import Any
 from solollm.adapters import AdapterOptions
 from solollm.architecture import ModelConfig
 from solollm.backend import Backend, Batch, Objective, Plan, SessionOptions
-from solollm.config import FinetuneTable, ModelTable, RunConfig
+from solollm.config import FinetuneTable, ModelTable, OptimizerTable, RunConfig
 from solollm.dial import from_depth, horizon, preset
-from solollm.errors import ConfigError, PlanError
+from solollm.errors import BackendError, ConfigError, PlanError
 from solollm.planner import plan
 
 DEFAULT_DEPTH = 4
@@ -206,7 +206,13 @@ def _fits(shape: Shape, config: RunConfig, backend: Backend) -> bool:
 
 
 def session_options(config: RunConfig, backend: Backend) -> SessionOptions:
-    """How a session of this config trains on this backend."""
+    """How a session of this config trains on this backend.
+
+    Raises:
+        BackendError, ConfigError: paged states, where there are none or not of these.
+    """
+    if config.optimizer.paged:
+        _require_pages(config.optimizer, backend)
     table = config.finetune
     objective: Objective = "lm" if table is None or table.objective == "sft" else table.objective
     beta = {"lm": 0.0, "dpo": table.dpo.beta, "grpo": table.grpo.beta}[objective] if table else 0.0
@@ -219,6 +225,22 @@ def session_options(config: RunConfig, backend: Backend) -> SessionOptions:
         adapter=None if table is None else adapter_options(table, seed=config.train.seed),
         backend_options=config.backend_options.get(backend.name, {}),
     )
+
+
+def _require_pages(table: OptimizerTable, backend: Backend) -> None:
+    capabilities = backend.capabilities()
+    if not capabilities.paged_states:
+        raise BackendError(
+            f"optimizer.paged does not work with {backend.name} on {capabilities.device}",
+            why="pages move between an NVIDIA card and the host, by PyTorch with bitsandbytes",
+            fix="leave it out: optimizer.state_bits = 8 alone takes as little memory",
+        )
+    if table.name != "adamw" or table.state_bits != 8:
+        raise ConfigError(
+            f"optimizer.paged does not go with {table.name} in {table.state_bits} bits",
+            why="what is paged are the states of 8-bit AdamW",
+            fix='set optimizer.name = "adamw" and optimizer.state_bits = 8',
+        )
 
 
 def trains_adapter(config: RunConfig) -> bool:

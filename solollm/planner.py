@@ -277,6 +277,8 @@ def _allowed_ways(
             continue
         if fixed_bits and way.state_bits not in (None, table.state_bits):
             continue
+        if table.paged and "offload" in way.settings:
+            continue
         asked = all(key in given for key in way.settings)
         allowed.append(way._replace(consent=way.consent and not asked))
     return allowed or [Way("as configured")]

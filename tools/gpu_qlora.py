@@ -43,22 +43,28 @@ def measure(device: Any, *, tiny: bool) -> dict[str, Any]:
         "parameters": model.num_parameters(), "rows": 1, "tokens_per_row": length, "rank": RANK,
         "ours": _ours(device, model, length),
     }  # fmt: skip
-    try:
-        measured["peer"] = _peer(device, model, length)
-    except Exception as error:  # whatever the peer lacks here is the reason to write down
-        measured["peer"] = {"not_measured": f"{type(error).__name__}: {error}"}
-    else:
-        ours, peer = measured["ours"], measured["peer"]
+    if device.type == "cuda":
+        measured["paged"] = _or_why(lambda: _ours(device, model, length, paged=True))
+    measured["peer"] = _or_why(lambda: _peer(device, model, length))
+    ours, peer = measured["ours"], measured["peer"]
+    if "not_measured" not in peer:
         measured["speedup"] = ours["tokens_per_second"] / peer["tokens_per_second"]
     return measured
 
 
-def _ours(device: Any, model: ModelConfig, length: int) -> dict[str, float]:
+def _or_why(measure_it: Callable[[], dict[str, float]]) -> dict[str, Any]:
+    try:
+        return measure_it()
+    except Exception as error:  # whatever is lacking here is the reason to write down
+        return {"not_measured": f"{type(error).__name__}: {error}"}
+
+
+def _ours(device: Any, model: ModelConfig, length: int, *, paged: bool = False) -> dict[str, float]:
     from solollm_torch.adapter_session import AdapterSession
 
     dtype = "bfloat16" if device.type == "cuda" else "float32"
     options = SessionOptions(
-        OptimizerTable(name="adamw", weight_decay=0.0),
+        OptimizerTable(name="adamw", weight_decay=0.0, state_bits=8 if paged else 32, paged=paged),
         adapter=AdapterOptions(rank=RANK, alpha=2.0 * RANK, base_bits=4),
     )
     session = AdapterSession(model, options, Plan(1, True, dtype, length, 1), device)

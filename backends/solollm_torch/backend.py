@@ -88,6 +88,7 @@ class TorchBackend(Backend):
             optimizers=("adamw", "muon"),
             state_bits=(32, 16, 8),
             adapters=("lora", "qlora-nf4") if find_spec("bitsandbytes") else ("lora",),
+            paged_states=device.type == "cuda" and find_spec("bitsandbytes") is not None,
             multi_device=True,
             versions={"torch": torch.__version__, "python": platform.python_version()},
         )
@@ -144,6 +145,12 @@ class TorchBackend(Backend):
                 fix="use none, fsdp or streaming",
             )
         sharded = launched() or offload == "fsdp"
+        if options.optimizer.paged and (sharded or offload == "streaming"):
+            raise ConfigError(
+                "optimizer.paged does not go with several processes or with offload",
+                why="each rank holds its share of the states, or the host holds them already",
+                fix="leave one of the two out",
+            )
         if sharded and options.adapter is None:
             from solollm_torch.sharded_session import ShardedSession
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 
 import torch
 from torch import Tensor
@@ -11,6 +11,7 @@ from solollm.architecture import ParameterSpec
 from solollm.backend import DType
 from solollm.config import OptimizerTable
 from solollm.optim_codec import State, codebook, num_blocks, state_dtype
+from solollm_torch.paged import paged_empty
 
 
 def states_of(spec: ParameterSpec, table: OptimizerTable) -> tuple[State, ...]:
@@ -45,11 +46,14 @@ def set_to_zero(name: str, state: Tensor) -> None:
 def zero_states(
     specs: Iterable[ParameterSpec], table: OptimizerTable, devices: Mapping[str, torch.device]
 ) -> dict[str, Tensor]:
-    """New states, each on its parameter's device."""
+    """New states, each on its parameter's device; in pages if the table says so."""
     dtypes = {"F32": torch.float32, "BF16": torch.bfloat16, "U8": torch.uint8}
     states = {}
     for spec in specs:
+        device = devices[spec.name]
+        pages = table.paged and device.type != "meta"  # which holds shapes alone
+        empty: Callable[..., Tensor] = paged_empty if pages else torch.empty
         for name, dtype, shape in state_specs([spec], table):
-            states[name] = torch.empty(shape, dtype=dtypes[dtype], device=devices[spec.name])
+            states[name] = empty(shape, dtype=dtypes[dtype], device=device)
             set_to_zero(name, states[name])
     return states

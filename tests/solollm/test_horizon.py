@@ -3,17 +3,28 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import pytest
 
 from solollm import horizon
-from solollm.backend import Batch
+from solollm.backend import Backend, Batch, Capabilities
+from solollm.checkpoint import Environment
 from solollm.config import RunConfig, parse_config
 from solollm.dial import from_depth
-from solollm.errors import ConfigError, PlanError
-from solollm.horizon import Shape, deepest_shape, resolve, resolve_model, resolve_shape
+from solollm.environments import Recorded, for_here
+from solollm.errors import BackendError, ConfigError, PlanError
+from solollm.horizon import (
+    Shape,
+    deepest_shape,
+    resolve,
+    resolve_model,
+    resolve_shape,
+    session_options,
+)
+from solollm.testing.toy import ToyBackend
 
 VOCAB = 2048
 
@@ -139,3 +150,49 @@ def test_seconds_per_step_are_those_of_real_steps(monkeypatch: pytest.MonkeyPatc
 
     seconds = horizon.seconds_per_step(shape, config, torch_backend.TorchBackend(), batch)
     assert 0 < seconds < 60
+
+
+def without_pages(name: str, device: str) -> Backend:
+    """A backend of that name, as far as its capabilities go."""
+
+    class Unpaged(ToyBackend):
+        def capabilities(self) -> Capabilities:
+            return replace(super().capabilities(), device=device)
+
+    Unpaged.name = name
+    return Unpaged()
+
+
+@pytest.mark.parametrize(("name", "device"), [("torch", "cpu"), ("mlx", "apple gpu")])
+def test_pages_are_refused_where_there_are_none(name: str, device: str) -> None:
+    """Guards a setting that would be ignored; the message says what to use instead."""
+    config = parse_config({"optimizer": {"name": "adamw", "state_bits": 8, "paged": True}})
+    with pytest.raises(BackendError) as raised:
+        session_options(config, without_pages(name, device))
+    assert f"with {name} on {device}" in str(raised.value)
+    assert "optimizer.state_bits = 8 alone" in str(raised.value)
+
+
+@pytest.mark.parametrize("table", [{"name": "adamw"}, {"name": "muon", "state_bits": 8}])
+def test_only_8_bit_adamw_is_paged(table: dict[str, Any]) -> None:
+    """Guards fp32 states that page in and out whole at every step, unasked."""
+
+    class Paged(ToyBackend):
+        def capabilities(self) -> Capabilities:
+            return replace(super().capabilities(), paged_states=True)
+
+    with pytest.raises(ConfigError, match="8-bit AdamW"):
+        session_options(parse_config({"optimizer": {**table, "paged": True}}), Paged())
+    eight = parse_config({"optimizer": {"name": "adamw", "state_bits": 8, "paged": True}})
+    assert session_options(eight, Paged()).optimizer.paged
+
+
+def test_a_run_that_leaves_its_card_leaves_its_pages() -> None:
+    """Guards a run that could not go on elsewhere because of where its states lay."""
+    config = parse_config({"optimizer": {"name": "adamw", "state_bits": 8, "paged": True}})
+    card = Environment(
+        backend="torch", device="cuda", versions={}, micro_batch_size=1, compute_dtype="float32",
+        activation_checkpointing=False,
+    )  # fmt: skip
+    moved = for_here(config, Recorded(card, "another"), ToyBackend())
+    assert moved.optimizer == config.optimizer.model_copy(update={"paged": False})
