@@ -21,6 +21,7 @@ from torch.autograd.function import once_differentiable
 from solollm.adapters import PEFT_PREFIX, AdapterOptions, adapter_table
 from solollm.architecture import ModelConfig, initial_parameter, parameter_table
 from solollm.backend import TensorSource
+from solollm_torch.kernels import Kernels
 from solollm_torch.masters import Masters
 from solollm_torch.model import Block, Decoder
 from solollm_torch.ops import add_outer, product
@@ -66,6 +67,7 @@ class Nf4Base:
 
     def __init__(self, parts: Sequence[Nf4Matrix], like: Tensor) -> None:
         self.parts = parts
+        self.kernels: Kernels | None = None
         self._like = like
 
     def weight(self) -> Tensor:
@@ -73,7 +75,7 @@ class Nf4Base:
         whole = self._like.new_empty(rows, self.parts[0].shape[1])
         start = 0
         for part in self.parts:
-            part.decode_into(whole[start : start + part.shape[0]])
+            part.decode_into(whole[start : start + part.shape[0]], self.kernels)
             start += part.shape[0]
         return whole
 
@@ -217,6 +219,12 @@ class Adapter(nn.Module):
     def import_base(self, source: TensorSource) -> None:
         """Take the base's tensors one at a time. Raises IntegrityError as `load_parameters`."""
         load_parameters(self._base_weights, source)
+
+    def use(self, kernels: Kernels | None) -> None:
+        """Decode the base with compiled loops."""
+        for matrix in self.matrices:
+            if isinstance(matrix.base, Nf4Base):
+                matrix.base.kernels = kernels
 
     @contextmanager
     def switched_off(self) -> Iterator[None]:

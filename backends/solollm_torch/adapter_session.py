@@ -36,6 +36,7 @@ class AdapterSession(TorchSession):
         self._masters = Masters(self._adapter.masters())
         self._settings["compile"] = False
         self._use_kernels(options.backend_options)
+        self._adapter.use(self._decoder.kernels)
         parameters = list(self._adapter.parameters())
         self._flat_gradient = torch.zeros(padded_size(parameters), device=device)
         attach_gradients(parameters, self._flat_gradient)

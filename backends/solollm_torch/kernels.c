@@ -139,6 +139,19 @@ void cross_entropy(float *logits, const i64 *labels, const float *scale, float *
     }
 }
 
+/* out [blocks, 64] = level * scale: NF4 `codes` [blocks, 32] hold two weights per byte, `pairs` [256]
+ * both levels of every byte. */
+void decode_nf4(const uint8_t *codes, const float *pairs, const float *scales, float *out,
+                i64 blocks, int threads) {
+    typedef float two __attribute__((vector_size(8), aligned(4)));
+#pragma omp parallel for schedule(static) num_threads(threads)
+    for (i64 block = 0; block < blocks; block++) {
+        const uint8_t *in = codes + block * 32;
+        two scale = {scales[block], scales[block]}, *to = (two *)(out + block * 64);
+        for (int i = 0; i < 32; i++) to[i] = *(const two *)(pairs + 2 * in[i]) * scale;
+    }
+}
+
 /* ---- Small products ---------------------------------------------------------------------------
  *
  * The right factor lies in panels of LANES columns, [columns / LANES, depth, LANES], so that a tile

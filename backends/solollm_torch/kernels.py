@@ -102,6 +102,11 @@ class Kernels:
         self._call("cross_entropy", logits, labels, scale, nll, *_rows(logits))
         return nll
 
+    def decode_nf4(self, codes: Tensor, pairs: Tensor, scales: Tensor, out: Tensor) -> None:
+        """Write level * scale of every NF4 code to `out`: two codes per byte, 64 weights per scale,
+        `pairs` [256, 2] the levels of each byte."""
+        self._call("decode_nf4", codes, pairs, scales, out, len(scales))
+
     def attention(self, qkv: Tensor, num_heads: int, places: Places) -> tuple[Tensor, Tensor]:
         """Causal attention of rotated qkv [B, T, H + 2 K, D]: [B, T, H, D], and log-sums
         [B, T, H]."""

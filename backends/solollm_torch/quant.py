@@ -17,6 +17,7 @@ from torch import Tensor
 
 from solollm.errors import BackendError
 from solollm.nf4_codec import BLOCK_SIZE, MAGNITUDE_BLOCK_SIZE, dynamic_levels
+from solollm_torch.kernels import Kernels
 
 
 class Nf4Matrix:
@@ -50,25 +51,30 @@ class Nf4Matrix:
             ),
         )  # fmt: skip
 
-    def decode_into(self, out: Tensor) -> None:
-        """Write the weights into `out`, [out, in], contiguous, of the dtype given at the start."""
+    def decode_into(self, out: Tensor, kernels: Kernels | None = None) -> None:
+        """Write the weights into `out`, [out, in], contiguous, of the dtype given at the start;
+        the same bits with compiled loops and without."""
         from bitsandbytes.functional import dequantize_4bit
 
         assert self._codes is not None, "a base is imported before it is used"
         if out.device.type != "cpu":
             dequantize_4bit(self._codes, self._state, out=out)
         elif out.dtype == torch.float32 and out.numel() % BLOCK_SIZE == 0:
-            self._decode_pairs(self._codes, out)
+            self._decode_pairs(self._codes, out, kernels)
         else:  # bitsandbytes writes into given memory on CUDA only
             out.copy_(dequantize_4bit(self._codes, self._state))
 
-    def _decode_pairs(self, codes: Tensor, out: Tensor) -> None:
+    def _decode_pairs(self, codes: Tensor, out: Tensor, kernels: Kernels | None) -> None:
         """The same bits on the CPU: one look-up gives the two weights of a byte, in place."""
         from bitsandbytes.functional import dequantize_blockwise
 
         state = self._state
         scales = dequantize_blockwise(state.absmax, state.state2).add_(state.offset)
-        pairs, bits = _pairs(tuple(state.code.tolist())), out.view(-1).view(torch.int64)
+        pairs = _pairs(tuple(state.code.tolist()))
+        if kernels is not None:
+            kernels.decode_nf4(codes, pairs, scales, out)
+            return
+        bits = out.view(-1).view(torch.int64)
         torch.index_select(pairs, 0, codes.view(-1).int(), out=bits)
         out.view(-1, BLOCK_SIZE).mul_(scales[:, None])
 

@@ -12,6 +12,7 @@ import torch
 from solollm_torch import quant
 from solollm_torch.adapter import STORED, adapted_decoder
 from solollm_torch.adapter_session import AdapterSession
+from solollm_torch.kernels import load
 from solollm_torch.quant import Nf4Matrix
 
 from solollm import nf4_codec
@@ -121,8 +122,9 @@ def test_logits_and_gradients_are_pefts(
 
 @pytest.mark.parametrize("shape", [(96, 64), (48, 20), (33, 5), (512, 256)])
 def test_codes_are_bitsandbytes_own(shape: tuple[int, int]) -> None:
-    """Guards: our look-up of two weights per byte, block borders, odd sizes; values that an export
-    in NumPy does not merge into. Magnitudes may go to the level beside bitsandbytes' choice."""
+    """Guards: our look-up of two weights per byte, in PyTorch and compiled, block borders, odd
+    sizes; values that an export in NumPy does not merge into. Magnitudes may go to the level beside
+    bitsandbytes' choice."""
     from bitsandbytes.functional import dequantize_4bit, quantize_4bit
 
     weight = torch.randn(shape, generator=torch.Generator().manual_seed(2))
@@ -131,6 +133,10 @@ def test_codes_are_bitsandbytes_own(shape: tuple[int, int]) -> None:
     out = torch.empty(shape)
     matrix.decode_into(out)
     assert np.array_equal(out.numpy(), nf4_codec.decoded(weight.numpy()))
+    if (kernels := load()[0]) is not None:
+        compiled = torch.empty(shape)
+        matrix.decode_into(compiled, kernels)
+        assert torch.equal(compiled, out)
     assert torch.equal(out, dequantize_4bit(matrix._codes, matrix._state))
     theirs = dequantize_4bit(*quantize_4bit(weight, quant_type="nf4", compress_statistics=True))
     assert float(((out - theirs).abs() > 1e-6).float().mean()) < 0.01

@@ -133,7 +133,9 @@ def test_full_logits_are_never_held() -> None:
 
 
 def test_chunks_shrink_with_the_vocabulary(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A 128k vocabulary must not bring chunks of a gigabyte, a tiny one no chunk of nothing."""
+    """A 128k vocabulary must not bring chunks of a gigabyte, a tiny one no chunk of everything, and
+    a usual one chunks that read the head for a few positions at a time."""
     monkeypatch.undo()
     assert chunk_rows(2**24, CPU) == 64
-    assert chunk_rows(256, CPU) * 256 <= 2**23
+    assert chunk_rows(32_000, CPU) == chunk_rows(256, CPU) == 256
+    assert 4 * 262_144 * chunk_rows(262_144, CPU) <= 2**27
