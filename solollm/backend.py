@@ -446,7 +446,8 @@ class Decoder(ABC):
 class EngineOptions:
     """`max_batch_size` sequences at once, up to `max_seq_len` tokens each (0: the model's).
     `vocab_size`: ids from here on are padding rows and are never sampled (0: none). `adapters`:
-    folders in PEFT's layout by the names that requests use; `adapter`: the default among them."""
+    folders in PEFT's layout or mlx-lm's by the names that requests use; `adapter`: the default
+    among them."""
 
     max_batch_size: int = 8
     max_seq_len: int = 0

@@ -16,6 +16,15 @@ def is_adapter(folder: Path) -> bool:
     return (folder / BASE).is_file()
 
 
+def base_record(checkpoint: Path) -> BaseRecord:
+    """What an adapter's checkpoint says of its base. Raises IntegrityError for a damaged record."""
+    path = checkpoint / BASE
+    try:
+        return BaseRecord.model_validate(parse_json(read_bytes(path), path))
+    except ValueError as error:
+        raise refused(path, "the record", str(error)) from error
+
+
 def find_base(checkpoint: Path, given: Path | None = None) -> Path:
     """The base's folder: `given`, or what the run that the checkpoint stands in started from. Its
     content is proven, in one pass over its weights.
@@ -24,11 +33,7 @@ def find_base(checkpoint: Path, given: Path | None = None) -> Path:
         ConfigError: nobody knows where it is.
         IntegrityError: damaged files, or another base than the adapter was trained on.
     """
-    path = checkpoint / BASE
-    try:
-        record = BaseRecord.model_validate(parse_json(read_bytes(path), path))
-    except ValueError as error:
-        raise refused(path, "the record", str(error)) from error
+    record = base_record(checkpoint)
     base = given or _of_run(checkpoint)
     if base is None or not (base / "config.json").is_file():
         named = f" ({record.hub_id} on the Hugging Face hub)" if record.hub_id else ""

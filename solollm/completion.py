@@ -67,7 +67,11 @@ class TextSide:
 
 def read_text_side(path: Path) -> TextSide:
     """The tokenizer and endings of a run folder or checkpoint folder; errors as in `open_model`."""
-    checkpoint, notes = find_checkpoint(path)
+    return text_side(*find_checkpoint(path))
+
+
+def text_side(checkpoint: Path, notes: tuple[str, ...] = ()) -> TextSide:
+    """The same of a folder that is known to be a checkpoint."""
     if not (checkpoint / "tokenizer.json").is_file():
         raise ConfigError(
             f"{checkpoint} holds no tokenizer",
@@ -120,6 +124,11 @@ def open_engine(
     """
     if not is_adapter(checkpoint):
         return backend.engine(checkpoint, options)
+    if TUNED in options.adapters:
+        raise ConfigError(
+            f"the name {TUNED!r} is taken", why="an adapter's run has its own adapter under it",
+            fix="give the other adapter another name",
+        )  # fmt: skip
     adapters = {**options.adapters, TUNED: checkpoint}
     default = options.adapter or TUNED
     return backend.engine(

@@ -62,20 +62,6 @@ def complete_options(
     )
 
 
-def only_adapter(options: EngineOptions) -> Path | None:
-    """The folder of the one adapter that an engine serves; None: the base alone. Raises ConfigError
-    for several, or for one that is not the default."""
-    if not options.adapters:
-        return None
-    folder = options.adapters.get(options.adapter or "")
-    if len(options.adapters) > 1 or folder is None:
-        raise ConfigError(
-            f"an engine here serves one adapter, the default one, not {sorted(options.adapters)}",
-            fix="open an engine for each, or merge: solollm export CHECKPOINT --to hf --merge",
-        )
-    return folder
-
-
 def checked_prompt(request: Request, options: EngineOptions) -> np.ndarray:
     """The request's prompt, int64 [n], if an engine with these completed options can run it;
     raises ConfigError if not."""

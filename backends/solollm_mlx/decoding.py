@@ -1,5 +1,10 @@
 """Requests under way: mlx-lm's continuous batching behind the seam's Decoder.
 
+mlx-lm's generator runs one model over its rows, so the requests of each adapter have a generator of
+their own, over a model that shares the base's arrays; a step asks each of them in turn. Rows of
+several adapters in one batch would need to know inside mlx-lm's layers which row is whose, and
+mlx-lm reorders, splits and merges its batches where nobody can look.
+
 mlx-lm's calls are in `mlx_lm_adapter`, the choice of a token in `solollm.sampling`. The greedy
 choice stays on the device, so that a step is computed while the one before is read; any other is
 made on the host.
@@ -10,7 +15,8 @@ Shapes: N rows, T positions, V vocabulary.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections import deque
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import mlx.core as mx
@@ -36,13 +42,16 @@ _SCORED_POSITIONS = 128  # prompt positions of a row whose full logits are held 
 
 @dataclass(eq=False)
 class _Sequence:
-    """A request under way. `left`: tokens it may still get; `host`: what picks them, None where
-    the device does."""
+    """A request under way. `left`: tokens it may still get; `adapter`: whose model it runs on;
+    `uid`: its number in that model's generator; `host`: what picks its tokens, None where the
+    device does."""
 
     id: int
     request: Request
     prompt: np.ndarray
     left: int
+    adapter: str | None
+    uid: int = -1
     host: _HostSampler | None = None
     scores: PromptScores | None = None
 
@@ -54,14 +63,21 @@ class MlxDecoder(Decoder):
     is cancelled, and no other request loses a token.
     """
 
-    def __init__(self, module: nn.Module, options: EngineOptions, *, prefill_tokens: int) -> None:
-        self._module, self._options = module, options
-        self._generator = mlx_lm.Generator(
-            module, max_batch_size=options.max_batch_size, prefill_tokens=prefill_tokens
-        )
+    def __init__(
+        self,
+        modules: Mapping[str | None, nn.Module],
+        options: EngineOptions,
+        *,
+        prefill_tokens: int,
+    ) -> None:
+        """`modules`: by adapter; None: of requests that name none where there is no default."""
+        self._modules, self._options = modules, options
+        self._prefill_tokens = prefill_tokens
+        self._generators: dict[str | None, mlx_lm.Generator] = {}  # made when first used
         self._greedy = _greedy(options.vocab_size)
         self._next_id = 0
-        self._running: dict[int, _Sequence] = {}  # by the generator's uid
+        self._waiting: deque[_Sequence] = deque()
+        self._running: dict[tuple[str | None, int], _Sequence] = {}  # by adapter and uid
         self._to_score: list[_Sequence] = []
         self._failed: dict[int, Exception] = {}  # by request id
         self._events: list[TokenEvent] = []  # happened, not told yet
@@ -70,19 +86,21 @@ class MlxDecoder(Decoder):
         prompt = checked_prompt(request, self._options)
         self._next_id += 1
         left = min(request.max_new_tokens, self._options.max_seq_len + 1 - len(prompt))
-        sequence = _Sequence(self._next_id, request, prompt, left)
+        adapter = request.adapter if request.adapter is not None else self._options.adapter
+        sequence = _Sequence(self._next_id, request, prompt, left, adapter)
         if request.score_prompt or left == 0:
             self._to_score.append(sequence)
         else:
-            self._start(sequence)
+            self._waiting.append(sequence)
         return sequence.id
 
     def step(self) -> list[TokenEvent]:
         if not self._failed:
             self._score_prompts()
-            for generated in self._generator.step():
-                if generated.uid in self._running:
-                    self._events.append(self._accept(generated))
+            while self._waiting and len(self._running) < self._options.max_batch_size:
+                self._start(self._waiting.popleft())
+            for adapter in {adapter: None for adapter, _ in self._running}:
+                self._advance(adapter)
             self._take_out_failed()
         if self._failed:
             raise next(iter(self._failed.values()))
@@ -93,17 +111,17 @@ class MlxDecoder(Decoder):
         if self._failed.pop(request_id, None) is not None:
             self._events.append(TokenEvent(request_id, -1, 0.0, "cancelled"))
             return
-        for uid, sequence in self._running.items():
+        for sequence in self._running.values():
             if sequence.id == request_id:
-                self._generator.remove(uid)
-                del self._running[uid]
+                self._take_out(sequence)
                 self._events.append(TokenEvent(request_id, -1, 0.0, "cancelled"))
                 return
-        for sequence in self._to_score:
-            if sequence.id == request_id:
-                self._to_score.remove(sequence)
-                self._events.append(TokenEvent(request_id, -1, 0.0, "cancelled"))
-                return
+        for queue in (self._to_score, self._waiting):
+            for sequence in queue:
+                if sequence.id == request_id:
+                    queue.remove(sequence)
+                    self._events.append(TokenEvent(request_id, -1, 0.0, "cancelled"))
+                    return
 
     def _start(self, sequence: _Sequence) -> None:
         request = sequence.request
@@ -111,13 +129,29 @@ class MlxDecoder(Decoder):
         if not is_plain_greedy(request.sampling, request.logits_processors):
             sequence.host = _HostSampler(sequence, self._options.vocab_size)
             sampler, watcher = sequence.host.pick, sequence.host.watch
-        uid = self._generator.insert(
+        adapter = sequence.adapter
+        if adapter not in self._generators:
+            self._generators[adapter] = mlx_lm.Generator(
+                self._modules[adapter], max_batch_size=self._options.max_batch_size,
+                prefill_tokens=self._prefill_tokens,
+            )  # fmt: skip
+        sequence.uid = self._generators[adapter].insert(
             sequence.prompt.tolist(), max_tokens=sequence.left, sampler=sampler, watcher=watcher
         )
-        self._running[uid] = sequence
+        self._running[adapter, sequence.uid] = sequence
 
-    def _accept(self, generated: mlx_lm.Generated) -> TokenEvent:
-        sequence = self._running[generated.uid]
+    def _advance(self, adapter: str | None) -> None:
+        """One token for each running request of an adapter."""
+        for generated in self._generators[adapter].step():
+            if (adapter, generated.uid) in self._running:
+                self._events.append(self._accept(adapter, generated))
+
+    def _take_out(self, sequence: _Sequence) -> None:
+        self._generators[sequence.adapter].remove(sequence.uid)
+        del self._running[sequence.adapter, sequence.uid]
+
+    def _accept(self, adapter: str | None, generated: mlx_lm.Generated) -> TokenEvent:
+        sequence = self._running[adapter, generated.uid]
         if not math.isfinite(generated.logprob):
             raise BackendError(
                 "the model gives no finite logits",
@@ -131,49 +165,47 @@ class MlxDecoder(Decoder):
         elif sequence.left == 0:
             reason = "length"
         if reason is not None:
-            del self._running[generated.uid]
-            self._generator.remove(generated.uid)
+            self._take_out(sequence)
         scores, sequence.scores = sequence.scores, None
         return TokenEvent(sequence.id, generated.token, generated.logprob, reason, scores)
 
     def _take_out_failed(self) -> None:
-        for uid, sequence in list(self._running.items()):
+        for sequence in list(self._running.values()):
             if sequence.host is not None and sequence.host.error is not None:
                 self._failed[sequence.id] = sequence.host.error
-                self._generator.remove(uid)
-                del self._running[uid]
+                self._take_out(sequence)
 
     def _score_prompts(self) -> None:
         """Score some of what waits for it; then start or end those requests."""
         size = self._options.max_batch_size
         rows, self._to_score = self._to_score[:size], self._to_score[size:]
         wanted = [sequence for sequence in rows if sequence.request.score_prompt]
-        scores = self._score([sequence.prompt for sequence in wanted])
-        for sequence, scored in zip(wanted, scores, strict=True):
-            sequence.scores = scored
+        for adapter in dict.fromkeys(sequence.adapter for sequence in wanted):
+            alike = [sequence for sequence in wanted if sequence.adapter == adapter]
+            scores = self._score(self._modules[adapter], [s.prompt for s in alike])
+            for sequence, scored in zip(alike, scores, strict=True):
+                sequence.scores = scored
         for sequence in rows:
             if sequence.left:
-                self._start(sequence)
+                self._waiting.append(sequence)
             else:
                 self._events.append(TokenEvent(sequence.id, -1, 0.0, "length", sequence.scores))
 
-    def _score(self, prompts: Sequence[np.ndarray]) -> list[PromptScores]:
+    def _score(self, module: nn.Module, prompts: Sequence[np.ndarray]) -> list[PromptScores]:
         """Log-probabilities of prompt tokens 1 to n - 1, and whether each was the argmax.
 
         Rows are padded on the right, which causal attention does not see.
         """
-        if not prompts:
-            return []
         longest = max(len(prompt) for prompt in prompts)
         ids = np.zeros((len(prompts), -(-longest // _SCORE_PADDING) * _SCORE_PADDING), np.int32)
         for row, prompt in enumerate(prompts):
             ids[row, : len(prompt)] = prompt
-        hidden = mlx_lm.hidden_states(self._module, mx.array(ids))  # [N, T, C]
+        hidden = mlx_lm.hidden_states(module, mx.array(ids))  # [N, T, C]
         targets = mx.array(np.roll(ids, -1, axis=1))
         scores, choices = np.zeros(ids.shape, np.float32), np.zeros(ids.shape, np.int32)
         for start in range(0, ids.shape[1], _SCORED_POSITIONS):
             part = slice(start, start + _SCORED_POSITIONS)
-            logits = mlx_lm.logits_of(self._module, hidden[:, part])  # [N, t, V]
+            logits = mlx_lm.logits_of(module, hidden[:, part])  # [N, t, V]
             taken = mx.take_along_axis(logits, targets[:, part, None], axis=-1)[..., 0]
             scores[:, part] = np.array(taken - mx.logsumexp(logits, axis=-1))
             best = mx.argmax(logits[..., : self._options.vocab_size], axis=-1)

@@ -8,14 +8,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 
 import mlx.core as mx
 import mlx.nn as nn
 
-from solollm.adapted import AdapterFolder, MergedSource
+from solollm.adapted import AdapterFolder, HeldSource, common_codec, open_adapters
 from solollm.architecture import ModelConfig
 from solollm.backend import Engine, EngineOptions
-from solollm.engine_input import complete_options, only_adapter, read_model_config
+from solollm.engine_input import complete_options, read_model_config
 from solollm.tensorfile import open_weights
 from solollm_mlx import mlx_lm_adapter as mlx_lm
 from solollm_mlx.adapter import lora_of, read_base
@@ -41,53 +42,58 @@ class MlxEngine(Engine):
         options: EngineOptions,
         *,
         lora: Lora | None = None,
+        adapters: Mapping[str, Lora] = MappingProxyType({}),
     ) -> None:
-        """`lora`: factors beside these weights. Raises ConfigError for an option that the model
-        cannot serve."""
+        """`lora`: factors beside these weights for every request; `adapters`: for those that name
+        them. Raises ConfigError for an option that the model cannot serve."""
         self.model = model
         self.options = complete_options(options, model, known=_OPTIONS)
         given, dtype = options.backend_options, _dtype(options)
         self._prefill_tokens = max(1, int(given.get("prefill_tokens", 2048)))
         arrays = {n: w if w.dtype == mx.uint32 else w.astype(dtype) for n, w in weights.items()}
-        self._module = mlx_lm.build_model(model, arrays)
-        if lora is not None:
-            mlx_lm.add_lora(self._module, lora)
+        base = mlx_lm.build_model(model, arrays)
         bits = int(given.get("quantize_bits", 0))
         if bits:
-            mlx_lm.quantize(self._module, bits)
+            mlx_lm.quantize(base, bits)
+        self._modules: dict[str | None, nn.Module] = {}
+        for name, factors in adapters.items():  # models of one base's arrays
+            held = mlx_lm.weights_of(base)
+            self._modules[name] = mlx_lm.build_model(model, held, bits=bits or BITS)
+            mlx_lm.add_lora(self._modules[name], factors)
+        if lora is not None:
+            mlx_lm.add_lora(base, lora)
+        self._modules[None] = base
 
     @classmethod
     def load(cls, checkpoint: Path, options: EngineOptions) -> MlxEngine:
         """The engine of a checkpoint directory (`config.json` and safetensors weights). The factors
-        of an adapter stay beside the base, which is held as it was in training: in affine codes
+        of adapters stay beside the base, which is held as it was in training: in affine codes
         again, or with the values of NF4's.
 
         Raises:
-            ConfigError: no checkpoint there, or a model that is not computed here.
+            ConfigError: no checkpoint there, or a model or adapter that is not computed here.
             IntegrityError: weights that are damaged, missing, unexpected or misshapen.
         """
         model = read_model_config(checkpoint)
         dtype = _dtype(options)
-        folder = only_adapter(options)
-        adapter = AdapterFolder(folder, model) if folder else None
+        adapters = open_adapters(options, model)
+        codec = common_codec(adapters.values())
         weights = open_weights(checkpoint)
         try:
-            if adapter is None:
-                arrays = read_base(weights, model, dtype)
-            elif adapter.codec == "nf4":
-                held = MergedSource(weights, adapter, model)
-                return cls(read_base(held, model, dtype), model, options)
+            if codec == "affine4":
+                arrays = read_base(weights, model, dtype, bits=BITS)
             else:
-                arrays = read_base(weights, model, dtype, bits=BITS if adapter.codec else None)
+                arrays = read_base(HeldSource(weights, codec), model, dtype)
         finally:
             weights.close()
-        return cls(arrays, model, options, lora=None if adapter is None else _lora(adapter, model))
+        loras = {name: _lora(adapter, model) for name, adapter in adapters.items()}
+        return cls(arrays, model, options, adapters=loras)
 
     def open(self) -> MlxDecoder:
-        return MlxDecoder(self._module, self.options, prefill_tokens=self._prefill_tokens)
+        return MlxDecoder(self._modules, self.options, prefill_tokens=self._prefill_tokens)
 
     def close(self) -> None:
-        self._module = nn.Module()
+        self._modules = {}
         mx.clear_cache()
 
 

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 import mlx.core as mx
 import mlx.nn as nn
-from mlx.utils import tree_unflatten
+from mlx.utils import tree_flatten, tree_unflatten
 
 from solollm.architecture import ModelConfig
 from solollm.errors import BackendError, ConfigError
@@ -42,9 +42,11 @@ class Lora(NamedTuple):
     scale: float
 
 
-def build_model(config: ModelConfig, weights: Mapping[str, mx.array]) -> nn.Module:
+def build_model(
+    config: ModelConfig, weights: Mapping[str, mx.array], *, bits: int = BITS
+) -> nn.Module:
     """mlx-lm's own decoder over these arrays, without a copy; a matrix that has `<matrix>.scales`
-    is quantised (see `quant`).
+    is quantised (see `quant`), in so many bits.
 
     The rope settings are handed over in the old spelling as well: its llama reads no other, and
     falls back to theta 10000 without a word.
@@ -61,7 +63,7 @@ def build_model(config: ModelConfig, weights: Mapping[str, mx.array]) -> nn.Modu
     model: nn.Module = module.Model(module.ModelArgs.from_dict(config.to_hf()))
     if any(name.endswith(".scales") for name in weights):
         nn.quantize(
-            model, group_size=GROUP_SIZE, bits=BITS,
+            model, group_size=GROUP_SIZE, bits=bits,
             class_predicate=lambda path, _: f"{path}.scales" in weights,
         )  # fmt: skip
     model.load_weights(list(weights.items()), strict=True)
@@ -107,6 +109,11 @@ def quantize(model: nn.Module, bits: int, group_size: int = 64) -> None:
             fix="leave it out",
         )
     mx.eval(model.parameters())
+
+
+def weights_of(model: nn.Module) -> dict[str, mx.array]:
+    """The model's own arrays by name, codes where it is quantised."""
+    return dict(tree_flatten(model.parameters()))
 
 
 def hidden_states(model: nn.Module, input_ids: mx.array) -> mx.array:

@@ -193,7 +193,7 @@ class Adapter(nn.Module):
                 canonical = [f"model.layers.{index}.{name}" for name in names]
                 sizes = [shapes[f"{name}.weight"] for name in canonical]
                 base = self._base(block, stored, canonical, sizes)
-                parts = _parts(canonical, sizes, options)
+                parts = parts_of(canonical, sizes, options)
                 if parts or isinstance(base, Nf4Base):
                     matrix = AdaptedMatrix(base, parts, sizes[0][1], options)
                     block.adapted[stored] = matrix
@@ -276,9 +276,10 @@ def adapted_decoder(
     return decoder, Adapter(decoder, options)
 
 
-def _parts(
+def parts_of(
     canonical: Sequence[str], sizes: Sequence[tuple[int, ...]], options: AdapterOptions
 ) -> list[Part]:
+    """The adapted ones of the canonical matrices that one stored matrix holds."""
     parts: list[Part] = []
     start = 0
     for name, (rows, _) in zip(canonical, sizes, strict=True):

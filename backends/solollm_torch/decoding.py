@@ -32,25 +32,33 @@ from solollm.errors import BackendError
 from solollm.sampling import choose, is_plain_greedy
 from solollm_torch.inference import Chunk, Group, InferenceModel, Rows
 from solollm_torch.kv_cache import KVCache
-from solollm_torch.prefix import LOOKED_AHEAD, SlotTable
+from solollm_torch.live_adapters import BASE_ALONE, Share
+from solollm_torch.prefix import LOOKED_AHEAD, Prompt, SlotTable
 
 _SCORED_ROWS = 128  # prompt positions whose full logits are held at once
 
 
 @dataclass(eq=False)
 class _Sequence:
-    """A request under way. `limit`: tokens, prompt included, at which it ends."""
+    """A request under way. `limit`: tokens, prompt included, at which it ends; `adapter`: the
+    number of its adapter."""
 
     id: int
     request: Request
     prompt: np.ndarray
     limit: int
+    adapter: int
     slot: int = -1
 
     @property
     def num_fed(self) -> int:
         """Prompt tokens that must pass through the model: the last only if it is continued."""
         return len(self.prompt) - (self.request.max_new_tokens == 0)
+
+    @property
+    def key(self) -> Prompt:
+        """What it may share with others."""
+        return Prompt(self.prompt, self.adapter)
 
 
 class _Pick(NamedTuple):
@@ -88,7 +96,9 @@ class TorchDecoder(Decoder):
         prompt = checked_prompt(request, self._options)
         self._next_id += 1
         limit = min(len(prompt) + request.max_new_tokens, self._limit + 1)
-        sequence = _Sequence(self._next_id, request, prompt, limit)
+        adapters = self._model.adapters
+        adapter = adapters.number(request.adapter) if adapters is not None else BASE_ALONE
+        sequence = _Sequence(self._next_id, request, prompt, limit, adapter)
         if request.max_new_tokens == 0 and (len(prompt) == 1 or not request.score_prompt):
             self._ended.append(_scored(sequence, np.zeros(0, np.float32), np.zeros(0, bool)))
         else:
@@ -122,7 +132,9 @@ class TorchDecoder(Decoder):
         positions = table.num_tokens[slots] - 1
         cache.reserve(int(positions.max()) + 1)
         input_ids = self._tensor(table.tokens[slots, positions])
-        hidden = self._model.decode(input_ids, self._rows(slots, positions), cache)
+        rows = self._rows(slots, positions)
+        rows = rows._replace(shares=self._shares([s.adapter for s in sequences]))
+        hidden = self._model.decode(input_ids, rows, cache)
         picks = self._choose(sequences, hidden)
         table.filled[slots] = positions + 1
         return [self._accept(s, pick) for s, pick in zip(sequences, picks, strict=True)]
@@ -143,6 +155,11 @@ class TorchDecoder(Decoder):
         cache_rows = self._cache.write_rows(self._tensor(slots), places)
         return Rows(places, cache_rows, tuple(groups))
 
+    def _shares(self, numbers: Sequence[int] | np.ndarray) -> tuple[Share, ...]:
+        """The adapters of rows with these numbers."""
+        adapters = self._model.adapters
+        return adapters.shares(np.asarray(numbers)) if adapters is not None else ()
+
     def _take_seats(self) -> None:
         """Slots for waiting requests, in order except for those that gain by waiting."""
         passed: list[_Sequence] = []
@@ -152,7 +169,7 @@ class TorchDecoder(Decoder):
             sequence = self._waiting.popleft()
             later = islice(chain(passed, self._waiting), LOOKED_AHEAD)
             slot = self._table.seat(
-                sequence.prompt, [other.prompt for other in later], num_fed=sequence.num_fed,
+                sequence.key, [other.key for other in later], num_fed=sequence.num_fed,
                 is_scored=sequence.request.score_prompt,
                 is_patient=sequence.request.max_new_tokens == 0, cache=self._cache,
             )  # fmt: skip
@@ -179,7 +196,11 @@ class TorchDecoder(Decoder):
                 break
         self._cache.reserve(max(chunk.stop for chunk in chunks))
         input_ids = np.concatenate([table.tokens[slot, a:b] for slot, a, b in chunks])
-        hidden = self._model.prefill(self._tensor(input_ids), chunks, self._cache)  # [N, C]
+        lengths = [chunk.stop - chunk.start for chunk in chunks]
+        shares = self._shares(np.repeat([s.adapter for s in readers], lengths))
+        hidden = self._model.prefill(  # [N, C]
+            self._tensor(input_ids), chunks, self._cache, shares
+        )
         self._score(readers, chunks, hidden)
         through: list[tuple[_Sequence, int]] = []
         row = -1

@@ -13,14 +13,21 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from solollm.adapted import AdapterFolder, MergedSource
+from solollm.adapted import (
+    AdapterFolder,
+    HeldSource,
+    MergedSource,
+    common_codec,
+    open_adapters,
+)
 from solollm.architecture import ModelConfig, parameter_table
 from solollm.backend import Engine, EngineOptions, HostTensor, TensorSource
-from solollm.engine_input import complete_options, only_adapter, read_model_config
+from solollm.engine_input import complete_options, read_model_config
 from solollm.errors import IntegrityError
 from solollm.tensorfile import open_weights
 from solollm_torch.decoding import TorchDecoder
 from solollm_torch.inference import InferenceModel
+from solollm_torch.live_adapters import LiveAdapters
 from solollm_torch.model import Decoder
 
 _DTYPES: Mapping[str, torch.dtype] = {
@@ -73,23 +80,30 @@ class TorchEngine(Engine):
         """The engine of a checkpoint directory (`config.json` and safetensors weights).
 
         `compute_dtype` "auto" is float32 on a CPU, else bfloat16 where the device has it. `pack` is
-        on unless switched off.
+        on unless switched off. An adapter that is the only one and the default is merged into the
+        weights; any others stay beside them, so that each request may have its own.
 
         Raises:
-            ConfigError: no checkpoint there, or a model that is not computed here.
+            ConfigError: no checkpoint there, or a model or adapter that is not computed here.
             IntegrityError: weights that are damaged, missing, unexpected or misshapen.
         """
         device = torch.device(device)
         config = read_model_config(checkpoint)
         dtype = _DTYPES.get(options.compute_dtype) or _preferred_dtype(device)
+        adapters = open_adapters(options, config)
+        is_live = set(adapters) != {options.adapter} - {None}
         decoder = Decoder(config, device=device, dtype=dtype)
         weights = open_weights(checkpoint)
         try:
-            _fill(decoder, _adapted(weights, options, config), checkpoint)
+            _fill(decoder, _adapted(weights, adapters, config, is_live=is_live), checkpoint)
         finally:
             weights.close()
         options = replace(options, backend_options={"pack": True, **options.backend_options})
-        return cls(decoder, options, release=True)
+        engine = cls(decoder, options, release=True)
+        if is_live:
+            like = engine.inference.norm
+            engine.inference.adapters = LiveAdapters(adapters, options.adapter, config, like)
+        return engine
 
     def open(self) -> TorchDecoder:
         return TorchDecoder(
@@ -100,12 +114,19 @@ class TorchEngine(Engine):
         )
 
 
-def _adapted(source: TensorSource, options: EngineOptions, model: ModelConfig) -> TensorSource:
-    """The base's tensors with the one adapter that there is merged into them."""
-    folder = only_adapter(options)
-    if folder is None:
-        return source
-    return MergedSource(source, AdapterFolder(folder, model), model)
+def _adapted(
+    source: TensorSource,
+    adapters: Mapping[str, AdapterFolder],
+    model: ModelConfig,
+    *,
+    is_live: bool,
+) -> TensorSource:
+    """The base's tensors as its adapters were trained over them, with the only one merged in."""
+    codec = common_codec(adapters.values())
+    if is_live or not adapters:
+        return HeldSource(source, codec)
+    (only,) = adapters.values()
+    return MergedSource(source, only, model)
 
 
 def _preferred_dtype(device: torch.device) -> torch.dtype:

@@ -19,6 +19,7 @@ from torch.nn import functional
 from torch.nn.functional import scaled_dot_product_attention
 
 from solollm_torch.kv_cache import KVCache
+from solollm_torch.live_adapters import LiveAdapters, Share
 from solollm_torch.model import Block, Decoder
 
 Product = Callable[[Tensor], Tensor]  # [N, in] -> [N, out]
@@ -49,22 +50,23 @@ class Group(NamedTuple):
 
 class Rows(NamedTuple):
     """One new token for each of N sequences: positions int64 [N], where keys and values go (see
-    `KVCache.write_rows`), and the groups that attend together."""
+    `KVCache.write_rows`), the groups that attend together, and the rows' adapters."""
 
     positions: Tensor
     cache_rows: Tensor
     groups: tuple[Group, ...]
+    shares: tuple[Share, ...] = ()
 
 
 class _Layer(NamedTuple):
     input_norm: Tensor
-    qkv: Product
+    qkv_proj: Product
     q_norm: Tensor | None
     k_norm: Tensor | None
-    output: Product
+    o_proj: Product
     post_attention_norm: Tensor
-    gate_up: Product
-    down: Product
+    gate_up_proj: Product
+    down_proj: Product
 
 
 class InferenceModel:
@@ -74,7 +76,12 @@ class InferenceModel:
     times faster for 1 to 16 rows than the plain product, see docs/results/decode.md. Otherwise
     nothing is copied where the dtype is the decoder's own. `release` gives each of the decoder's
     blocks up once it has been read, so that a packed model needs its memory once.
+
+    Attributes:
+        adapters: what rows may have beside these weights; None: nothing.
     """
+
+    adapters: LiveAdapters | None = None
 
     def __init__(
         self,
@@ -106,16 +113,23 @@ class InferenceModel:
         """float32 [N, V] of normalised hidden states [N, C]."""
         return self._head(hidden).float()
 
-    def prefill(self, input_ids: Tensor, chunks: Sequence[Chunk], cache: KVCache) -> Tensor:
+    def prefill(
+        self,
+        input_ids: Tensor,
+        chunks: Sequence[Chunk],
+        cache: KVCache,
+        shares: tuple[Share, ...] = (),
+    ) -> Tensor:
         """Normalised hidden states [N, C] of the chunks' tokens, laid end to end in `input_ids`
-        int64 [N]. What precedes each chunk must be in the cache; its own part is written there."""
+        int64 [N]. What precedes each chunk must be in the cache; its own part is written there.
+        `shares`: the adapters of the N tokens."""
         spans = [torch.arange(c.start, c.stop, device=self.device) for c in chunks]
         masks = [_causal_mask(chunk, self.device) for chunk in chunks]
 
         def attend(index: int, qkv: Tensor) -> Tensor:
             return self._attend_chunks(qkv, cache.data[index], chunks, masks)
 
-        return self._forward(input_ids, torch.cat(spans), attend)
+        return self._forward(input_ids, torch.cat(spans), attend, shares)
 
     def decode(self, input_ids: Tensor, rows: Rows, cache: KVCache) -> Tensor:
         """Normalised hidden states [N, C] of one new token per sequence, `input_ids` int64 [N]."""
@@ -138,21 +152,32 @@ class InferenceModel:
             attended = parts[0] if len(parts) == 1 else torch.cat(parts)
             return attended.reshape(len(qkv), heads * dim)
 
-        return self._forward(input_ids, rows.positions, attend)
+        return self._forward(input_ids, rows.positions, attend, rows.shares)
 
     def _forward(
-        self, input_ids: Tensor, positions: Tensor, attend: Callable[[int, Tensor], Tensor]
+        self,
+        input_ids: Tensor,
+        positions: Tensor,
+        attend: Callable[[int, Tensor], Tensor],
+        shares: tuple[Share, ...],
     ) -> Tensor:
+        def project(stored: str, x: Tensor) -> Tensor:
+            out: Tensor = getattr(layer, stored)(x)
+            for adapter, of_rows in shares:
+                if (factors := adapter[index].get(stored)) is not None:
+                    factors.add_to(out, x, of_rows)
+            return out
+
         x = functional.embedding(input_ids, self.embed_tokens)  # [N, C]
         cos, sin = self._cos[positions], self._sin[positions]  # [N, 1, D]
         for index, layer in enumerate(self._layers):
-            qkv = layer.qkv(_rms_norm(x, layer.input_norm, self._eps))
+            qkv = project("qkv_proj", _rms_norm(x, layer.input_norm, self._eps))
             qkv = qkv.view(len(x), -1, self._dim)  # [N, H + 2 K, D]
             self._rotate_(qkv, layer, cos, sin)
-            x.add_(layer.output(attend(index, qkv)))
-            gate_up = layer.gate_up(_rms_norm(x, layer.post_attention_norm, self._eps))
+            x.add_(project("o_proj", attend(index, qkv)))
+            gate_up = project("gate_up_proj", _rms_norm(x, layer.post_attention_norm, self._eps))
             gate, up = gate_up.chunk(2, dim=-1)  # [N, F] each
-            x.add_(layer.down(functional.silu(gate).mul_(up)))
+            x.add_(project("down_proj", functional.silu(gate).mul_(up)))
         return _rms_norm(x, self.norm, self._eps)
 
     def _rotate_(self, qkv: Tensor, layer: _Layer, cos: Tensor, sin: Tensor) -> None:

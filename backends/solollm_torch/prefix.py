@@ -14,6 +14,7 @@ once (`prefix_slots`), beginnings outlive the sequences that come after.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import numpy as np
 
@@ -22,6 +23,13 @@ from solollm_torch.kv_cache import KVCache
 _WORTH_COPYING = 16  # positions in common that are copied rather than computed again
 _WORTH_WAITING = 64
 LOOKED_AHEAD = 32  # waiting prompts that are considered at once
+
+
+class Prompt(NamedTuple):
+    """Token ids, int64 [n], and the number of the adapter that reads them."""
+
+    tokens: np.ndarray
+    adapter: int
 
 
 class SlotTable:
@@ -34,6 +42,7 @@ class SlotTable:
             `num_scored` [slots] tokens; `is_scored` [slots]: the sequence there asks for scores.
         in_use: [slots]; a sequence is running there.
         left_at: [slots]; the larger, the later the slot was released; 0: never.
+        adapter: [slots]; whose factors made these keys: another adapter's are other keys.
     """
 
     def __init__(self, slots: int, max_seq_len: int) -> None:
@@ -46,11 +55,12 @@ class SlotTable:
         self.is_scored = np.zeros(slots, bool)
         self.in_use = np.zeros(slots, bool)
         self.left_at = np.zeros(slots, np.int64)
+        self.adapter = np.zeros(slots, np.int64)
 
     def seat(
         self,
-        prompt: np.ndarray,
-        waiting: Sequence[np.ndarray],
+        prompt: Prompt,
+        waiting: Sequence[Prompt],
         *,
         num_fed: int,
         is_scored: bool,
@@ -88,8 +98,9 @@ class SlotTable:
             cache.copy_prefix(best, slot, shared)
             self.logprobs[slot, : shared + 1] = self.logprobs[best, : shared + 1]
             self.is_greedy[slot, : shared + 1] = self.is_greedy[best, : shared + 1]
-        self.tokens[slot, : len(prompt)] = prompt
-        self.num_tokens[slot] = len(prompt)
+        self.tokens[slot, : len(prompt.tokens)] = prompt.tokens
+        self.num_tokens[slot] = len(prompt.tokens)
+        self.adapter[slot] = prompt.adapter
         self.filled[slot] = shared
         self.num_scored[slot] = shared + 1 if is_scored else 0
         self.is_scored[slot] = is_scored
@@ -112,17 +123,20 @@ class SlotTable:
         conversation with the same system prompt must not cost the first its history."""
         return int(self.filled[slot]) - shared <= max(_WORTH_WAITING, shared // 2)
 
-    def _wanted(self, slot: int, waiting: Sequence[np.ndarray]) -> int:
+    def _wanted(self, slot: int, waiting: Sequence[Prompt]) -> int:
         """How many positions of a slot the next prompts can take over, at most."""
-        kept = self.tokens[slot, : self.filled[slot]]
-        longest = max((_num_common(kept, prompt) for prompt in waiting), default=0)
+        kept, adapter = self.tokens[slot, : self.filled[slot]], self.adapter[slot]
+        alike = (other.tokens for other in waiting if other.adapter == adapter)
+        longest = max((_num_common(kept, tokens) for tokens in alike), default=0)
         return longest if longest >= _WORTH_COPYING else 0
 
-    def _common(self, prompt: np.ndarray) -> np.ndarray:
-        """How many tokens each slot has in common with the beginning of `prompt`."""
-        length = min(len(prompt), int(self.num_tokens.max()))
+    def _common(self, prompt: Prompt) -> np.ndarray:
+        """How many tokens each slot has in common with the beginning of `prompt`, made with the
+        same adapter."""
+        length = min(len(prompt.tokens), int(self.num_tokens.max()))
         differs = np.ones((len(self.tokens), length + 1), bool)  # the last column ends the search
-        differs[:, :length] = self.tokens[:, :length] != prompt[:length]
+        differs[:, :length] = self.tokens[:, :length] != prompt.tokens[:length]
+        differs[:, 0] |= self.adapter != prompt.adapter
         common: np.ndarray = np.minimum(differs.argmax(axis=1), self.num_tokens)
         return common
 

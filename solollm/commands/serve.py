@@ -19,6 +19,7 @@ _EPILOG = """\b
 Examples:
   solollm serve runs/first
   solollm serve runs/first --guard-config guard.toml
+  solollm serve models/base --adapter pirate=runs/pirate --adapter poet=adapters/poet
   solollm serve old=runs/first/checkpoints/step-00001000 new=runs/first --port 9000
   solollm serve runs/first --host 0.0.0.0 --key-file key.txt --allow-host my-machine.local
 """
@@ -44,7 +45,7 @@ Examples:
     "adapters",
     multiple=True,
     metavar="NAME=FOLDER",
-    help="A LoRA adapter to offer under a name of its own.",
+    help="A LoRA adapter (a run or a folder) to offer under a name of its own.",
 )
 @click.option(
     "--key-file", type=click.Path(path_type=Path), help=f"Its first line; else ${KEY_VARIABLE}."

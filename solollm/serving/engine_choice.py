@@ -36,7 +36,7 @@ class EngineSettings:
         engine: auto, builtin, vllm, or the address of a running vLLM.
         backend: of the built-in engine: auto, torch, mlx.
         max_seq_len: tokens of prompt and answer together; 0: the model's.
-        adapters: names to folders in PEFT's format.
+        adapters: names to folders in PEFT's layout or mlx-lm's, or to runs of adapters.
         vllm_python: an interpreter that has vLLM, instead of the one installed.
         vllm_eager: no compiling in vLLM: slower, but up in a fraction of the time.
     """
@@ -89,26 +89,29 @@ def choose_engine(settings: EngineSettings) -> EngineChoice:
 
 
 def make_engine(
-    choice: EngineChoice, side: TextSide, settings: EngineSettings, limits: Limits
+    choice: EngineChoice, side: TextSide, settings: EngineSettings, limits: Limits, *, base: Path
 ) -> TokenEngine:
-    """The chosen engine over a checkpoint, not started yet.
+    """The chosen engine over a checkpoint, not started yet. `base`: the checkpoint's folder, or its
+    base's where it holds an adapter.
 
     Raises:
         ConfigError: settings that the model or the engine cannot have.
     """
-    model = read_model_config(side.checkpoint)
+    model = read_model_config(base)
     padding = range(side.tokenizer.vocab_size, model.vocab_size)
     if choice.kind == "builtin":
-        if settings.adapters:
-            raise ConfigError(
-                "the built-in engine serves no adapters by name yet",
-                fix="serve them with vLLM (--engine vllm), or merge them into the model",
-            )
         options = {
             "max_batch_size": settings.max_batch_size, "max_seq_len": settings.max_seq_len,
+            "adapters": {name: str(folder) for name, folder in settings.adapters.items()},
         }  # fmt: skip
         worker = {"backend": settings.backend, "options": options}
         return BuiltInEngine(side.checkpoint, worker, limits)
+    if base != side.checkpoint:
+        raise ConfigError(
+            f"vLLM serves no adapter's run as a model of its own: {side.checkpoint}",
+            fix=f"solollm serve {base} --adapter NAME={side.checkpoint}, or merge it:"
+            " solollm export --to hf --merge",
+        )
     if choice.kind == "attached":
         client = httpx.AsyncClient(
             base_url=choice.url.rstrip("/").removesuffix("/v1"),

@@ -17,15 +17,22 @@ from pathlib import Path
 
 import uvicorn
 
+from solollm.bases import find_base, is_adapter
 from solollm.completion import TextSide, read_text_side
-from solollm.errors import ConfigError
+from solollm.errors import BackendError, ConfigError
 from solollm.serving.access import AccessRules
 from solollm.serving.app import Front, build_app
 from solollm.serving.catalogue import Catalogue, ServedModel
 from solollm.serving.connections import protocol_class
-from solollm.serving.engine_choice import EngineSettings, choose_engine, make_engine
+from solollm.serving.engine_choice import (
+    EngineChoice,
+    EngineSettings,
+    choose_engine,
+    make_engine,
+)
 from solollm.serving.limits import Limits
 from solollm.serving.metrics import Metrics
+from solollm.serving.offered_adapters import OfferedAdapter, open_offered
 from solollm.serving.text_filter import FilterFactory
 from solollm.serving.token_engine import TokenEngine
 from solollm.serving.tool_calls import tool_style
@@ -96,7 +103,7 @@ async def start_serving(
     sock = _listen(options.access.host, options.port)
     server = _server(front, options)
     engines = catalogue.engines
-    loading = asyncio.create_task(_start(engines))
+    loading = asyncio.create_task(_start(catalogue))
     loading.add_done_callback(lambda done: _loaded(done, server, on_ready, sock, catalogue, notes))
     ending = asyncio.create_task(_end_when(until, server))
     try:
@@ -121,11 +128,18 @@ def open_catalogue(
     notes: list[str] = [choice.reason]
     for source in sources:
         side = read_text_side(source.path)
-        engine = make_engine(choice, side, options.engines, options.limits)
-        base = _served(source.name or _name_of(source.path), side, engine)
-        models.append(base)
-        models += [replace(base, name=name, adapter=name) for name in options.engines.adapters]
-        notes += side.notes
+        base = find_base(side.checkpoint) if is_adapter(side.checkpoint) else side.checkpoint
+        offered = open_offered(options.engines.adapters, base, vocab_size=side.tokenizer.vocab_size)
+        folders = {name: adapter.folder for name, adapter in offered.items()}
+        settings = replace(options.engines, adapters=folders)
+        engine = make_engine(choice, side, settings, options.limits, base=base)
+        model = _served(source.name or _name_of(source.path), side, engine)
+        models.append(model)
+        for name, adapter in offered.items():
+            own = _served(name, adapter.side or side, engine)
+            models.append(replace(own, root=model.name, adapter=name))
+            notes += adapter.notes
+        notes += [*side.notes, *_codec_notes(offered, choice, model.name)]
     names = [model.name for model in models]
     twice = next((name for name in names if names.count(name) > 1), None)
     if twice is not None:
@@ -133,6 +147,19 @@ def open_catalogue(
             f"two models would be called {twice!r}", fix="name them: NAME=RUN_OR_CHECKPOINT"
         )
     return Catalogue(models), tuple(notes)
+
+
+def _codec_notes(
+    offered: Mapping[str, OfferedAdapter], choice: EngineChoice, model: str
+) -> list[str]:
+    """What it means that adapters were trained over a quantised base."""
+    codecs = {name: adapter.codec for name, adapter in offered.items() if adapter.codec}
+    if not codecs:
+        return []
+    names, held = ", ".join(codecs), ", ".join(sorted(set(codecs.values())))
+    if choice.kind == "builtin":
+        return [f"{model}: held in {held}, as it was while {names} learnt"]
+    return [f"{names}: learnt over a base in {held}, which vLLM holds unquantised"]
 
 
 def _served(name: str, side: TextSide, engine: TokenEngine) -> ServedModel:
@@ -176,8 +203,15 @@ def _server(front: Front, options: ServeOptions) -> uvicorn.Server:
     return uvicorn.Server(config)
 
 
-async def _start(engines: Mapping[str, TokenEngine]) -> None:
-    await asyncio.gather(*(engine.start() for engine in engines.values()))
+async def _start(catalogue: Catalogue) -> None:
+    await asyncio.gather(*(engine.start() for engine in catalogue.engines.values()))
+    for model in catalogue:
+        if model.adapter is not None and model.adapter not in model.engine.info.adapters:
+            raise BackendError(
+                f"the engine serves no adapter {model.adapter!r}",
+                why=f"it serves: {', '.join(model.engine.info.adapters) or 'none'}",
+                fix="start that vLLM with --lora-modules NAME=FOLDER, under this name",
+            )
 
 
 def _loaded(  # sizes: a callback, whose one caller is beside it

@@ -39,7 +39,7 @@ _MODEL_FILES = (
 class VllmSettings:
     """Attributes:
     python: the interpreter of the environment that holds vLLM.
-    adapters: names to folders in PEFT's format.
+    adapters: names to folders in PEFT's layout.
     eager: no compiling: slower, but up in a fraction of the time.
     memory_bytes: for keys and values on a processor; 0: vLLM's default.
     """
@@ -67,6 +67,11 @@ def command_line(settings: VllmSettings, folder: Path, sock: Path) -> list[str]:
     ]  # fmt: skip
     if settings.eager:
         words.append("--enforce-eager")
+    if MODEL_NAME in settings.adapters:
+        raise ConfigError(
+            f"vLLM has no adapter called {MODEL_NAME!r}", why="the model itself goes by that name",
+            fix="give the adapter another name",
+        )  # fmt: skip
     if settings.adapters:
         rank = max(_rank(adapter) for adapter in settings.adapters.values())
         words += ["--enable-lora", "--max-lora-rank", str(_allowed_rank(rank))]
@@ -186,7 +191,9 @@ def _rank(adapter: Path) -> int:
         return int(json.loads(path.read_text(encoding="utf-8"))["r"])
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ConfigError(
-            f"{adapter} is no adapter in PEFT's format", why=f"{path.name}: {error}"
+            f"{adapter} is no adapter in PEFT's layout, which vLLM reads",
+            why=f"{path.name}: {error!r}",
+            fix=f"solollm import {adapter} --base MODEL --out FOLDER makes one of mlx-lm's",
         ) from error
 
 

@@ -173,7 +173,9 @@ def _open(
 ) -> tuple[Worker, EngineInfo]:
     from solollm.completion import open_model
 
-    options = EngineOptions(**settings["options"])
+    given = dict(settings["options"])
+    folders = {name: Path(folder) for name, folder in given.pop("adapters", {}).items()}
+    options = EngineOptions(**given, adapters=folders)
     model = open_model(checkpoint, backend=settings["backend"], options=options)
     engine, tokenizer = model.engine, model.tokenizer
     maker = ConstraintMaker(tokenizer, engine.model.vocab_size, sorted(model.stop_ids))
@@ -182,7 +184,7 @@ def _open(
         device=model.notes[-1],
         max_seq_len=model.max_seq_len,
         max_batch_size=engine.options.max_batch_size,
-        adapters=tuple(settings.get("adapters", ())),
+        adapters=tuple(folders),
     )
     return Worker(sock, engine, maker), info
 

@@ -88,7 +88,7 @@ def test_a_tuned_checkpoint_generates_and_merges_alike(
     named = EngineOptions(adapters={"tuned": folder}, adapter="tuned")
     tuned = MlxBackend().engine(base, named)
     assert isinstance(tuned, MlxEngine)
-    ours = np.array(tuned._module(mx.array(IDS)))
+    ours = np.array(tuned._modules["tuned"](mx.array(IDS)))
     weights = open_weights(base)
     merged = MergedSource(weights, AdapterFolder(folder, MODEL), MODEL)
     whole = {name: from_host(merged.read(name)) for name in merged.names()}
@@ -98,9 +98,9 @@ def test_a_tuned_checkpoint_generates_and_merges_alike(
     assert float(np.abs(ours - expected).max()) < 1e-4
     plain = MlxBackend().engine(base, EngineOptions())
     assert isinstance(plain, MlxEngine)
-    assert float(np.abs(ours - np.array(plain._module(mx.array(IDS)))).max()) > 0.1
-    with pytest.raises(ConfigError, match="serves one adapter"):
-        MlxBackend().engine(base, replace(named, adapter=None))
+    assert float(np.abs(ours - np.array(plain._modules[None](mx.array(IDS)))).max()) > 0.1
+    with pytest.raises(ConfigError, match=r"default adapter 'tunde'.*`tuned`"):
+        MlxBackend().engine(base, replace(named, adapter="tunde"))
 
 
 def our_logits(folder: Path) -> np.ndarray:

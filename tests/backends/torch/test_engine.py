@@ -197,9 +197,9 @@ def test_prefix_sharing_saves_work(decoder: Decoder, monkeypatch: pytest.MonkeyP
     fed: list[int] = []
     prefill = engine.inference.prefill
 
-    def counting(input_ids: torch.Tensor, chunks: object, cache: object) -> torch.Tensor:
+    def counting(input_ids: torch.Tensor, *rest: object) -> torch.Tensor:
         fed.append(len(input_ids))
-        return prefill(input_ids, chunks, cache)  # type: ignore[arg-type]
+        return prefill(input_ids, *rest)  # type: ignore[arg-type]
 
     monkeypatch.setattr(engine.inference, "prefill", counting)
     question = prompts_of(decoder.config, [100])[0]
