@@ -37,7 +37,8 @@ from solollm.environments import Recorded, environment_of, lineage_entry
 from solollm.errors import ConfigError, IntegrityError
 from solollm.horizon import updated
 from solollm.manifest import MANIFEST, read_manifest
-from solollm.pretraining import open_session, prepare, with_paths_to
+from solollm.pretraining import open_session, prepare
+from solollm.run_paths import with_paths_to
 from solollm.run_streams import open_streams
 from solollm.runs import Run
 

@@ -187,6 +187,12 @@ class MachineTable(_Table):
     pressure: Literal["stop", "warn"] = Field("stop", description="save and stop if critical")
     min_battery_percent: int = Field(20, ge=0, le=100, description="save and stop below it")
     low_power: Literal["stop", "warn"] = Field("warn", description="in low-power mode")
+    rank_silent_seconds: float = Field(
+        120.0, gt=0, description="of several processes, one not heard of for so long is lost"
+    )
+    rank_stalled_seconds: float = Field(
+        1800.0, gt=0, description="several processes that end no step for so long have failed"
+    )
 
 
 class RunConfig(_Table):

@@ -6,7 +6,7 @@
     ├── PlanError               4   the model does not fit this machine
     ├── DataError               5   no usable data is left
     ├── BackendError            1   no backend, a wrong framework version, a failure inside one
-    │   └── RankLost            1   another process of a run on several has ended
+    │   └── RankLost            1   another process of a run on several has ended, or hangs
     ├── StorageError           74   the disk is full or failing
     ├── RunLocked               1   another process writes this run
     └── Stopped                75   ended on purpose after a checkpoint: run again to resume
@@ -63,14 +63,16 @@ class BackendError(SoloLLMError):
 
 
 class RankLost(BackendError):
-    """A run on several processes has lost one of them; none can go on alone."""
+    """A run on several processes has lost one of them; none can go on alone. `is_told`: the user
+    hears of it elsewhere, from rank 0 or in the run's events."""
 
-    def __init__(self, why: str) -> None:
+    def __init__(self, why: str, *, is_told: bool = False) -> None:
         super().__init__(
-            "another process of this run has ended",
+            "another process of this run has ended, or hangs",
             why=why,
             fix="its own messages say why; `solollm resume` under the same launcher goes on",
         )
+        self.is_told = is_told
 
 
 class StorageError(SoloLLMError):

@@ -27,8 +27,9 @@ from solollm.errors import ConfigError
 from solollm.horizon import Shape, updated
 from solollm.optim_codec import Quantized, State, dequantize
 from solollm.packing import pack, unpack
-from solollm.pretraining import open_session, prepare, pretrain, resume, with_paths_to
+from solollm.pretraining import open_session, prepare, pretrain, resume
 from solollm.run_log import Row
+from solollm.run_paths import with_paths_to
 from solollm.run_streams import open_streams
 from solollm.runs import Run
 from solollm.tensorfile import tensor_digest

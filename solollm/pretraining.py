@@ -7,14 +7,13 @@ weights to start from are vetted in `solollm.starting_weights`.
 
 from __future__ import annotations
 
-import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager, nullcontext
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from solollm.backend import Backend, Batch, Plan, TrainSession
+from solollm.backend import Backend, Batch, Plan, Ranks, TrainSession
 from solollm.checkpoint import Checkpoint, Environment
 from solollm.config import RunConfig
 from solollm.continuation import compare, look_ahead, require_continuation, tolerance_between
@@ -41,12 +40,13 @@ from solollm.horizon import (
 )
 from solollm.host import this_host
 from solollm.planning import expect
-from solollm.ranks import Follower, latest_for_all, locked, on_first, together
+from solollm.ranks import Follower, latest_for_all, locked, on_first, together, watched
 from solollm.reality import measure
 from solollm.registry import Selected, find_backends, select_backend
 from solollm.report.html import write_report
 from solollm.report.sinks import open_sinks
 from solollm.run_log import Row, Sink
+from solollm.run_paths import with_paths_from, with_paths_to
 from solollm.run_streams import RunStreams, open_streams
 from solollm.runs import Run
 from solollm.starting_weights import (
@@ -107,12 +107,14 @@ def pretrain(
         ConfigError, DataError, BackendError, PlanError: before anything is written.
         Stopped, StorageError, SoloLLMError: as `Trainer.fit`.
     """
-    prepared = prepare(config, backend=backend)
-    ranks, resolved = prepared.backend.ranks(), with_paths_from(prepared.config, run)
-    sinks = [*sinks, *open_sinks(config.log.sinks, run)] if ranks.rank == 0 else []
-    created = on_first(ranks, lambda: Run.create(run, resolved)) or Follower(run, resolved)
-    with locked(created, ranks), noting_faults(created):
-        return _train(created, prepared, None, sinks=sinks, host=host)
+    selected = _select(backend, config, None)
+    with watched(selected.backend.ranks(), config.machine) as ranks:
+        prepared = prepare(config, backend=selected)
+        resolved = with_paths_from(prepared.config, run)
+        sinks = [*sinks, *open_sinks(config.log.sinks, run)] if ranks.rank == 0 else []
+        created = on_first(ranks, lambda: Run.create(run, resolved)) or Follower(run, resolved)
+        with locked(created, ranks), noting_faults(created):
+            return _train(created, prepared, None, ranks=ranks, sinks=sinks, host=host)
 
 
 def resume(
@@ -137,22 +139,22 @@ def resume(
     """
     opened = Run.open(run)
     selected = _select(backend, opened.config, Recorded.newest(opened))
-    ranks = selected.backend.ranks()
-    if ranks.rank > 0:
-        opened, sinks = Follower(run, opened.config), []
-    with locked(opened, ranks), noting_faults(opened):
-        checkpoint, damaged = latest_for_all(opened, ranks)
-        config = with_paths_to(opened.config, run)
-        if corpus is not None:
-            config = updated(config, "data", corpus=str(corpus))
-        if checkpoint is not None and checkpoint.step >= (config.train.steps or 0):
-            return replace(TrainResult.read(opened, checkpoint), rank=ranks.rank)
-        recorded = Recorded.of(opened, checkpoint) if checkpoint else None
-        prepared = prepare(config, backend=selected, recorded=recorded, memory=memory)
-        sinks = [*sinks, *open_sinks(config.log.sinks, run)] if opened.writes else []
-        notes = [{"kind": "checkpoint_damaged", "reason": problem} for problem in damaged]
-        start = Start(checkpoint, recorded) if checkpoint and recorded else None
-        return _train(opened, prepared, start, sinks=sinks, notes=notes, host=host)
+    with watched(selected.backend.ranks(), opened.config.machine) as ranks:
+        if ranks.rank > 0:
+            opened, sinks = Follower(run, opened.config), []
+        with locked(opened, ranks), noting_faults(opened):
+            checkpoint, damaged = latest_for_all(opened, ranks)
+            config = with_paths_to(opened.config, run)
+            if corpus is not None:
+                config = updated(config, "data", corpus=str(corpus))
+            if checkpoint is not None and checkpoint.step >= (config.train.steps or 0):
+                return replace(TrainResult.read(opened, checkpoint), rank=ranks.rank)
+            recorded = Recorded.of(opened, checkpoint) if checkpoint else None
+            prepared = prepare(config, backend=selected, recorded=recorded, memory=memory)
+            sinks = [*sinks, *open_sinks(config.log.sinks, run)] if opened.writes else []
+            notes = [{"kind": "checkpoint_damaged", "reason": problem} for problem in damaged]
+            start = Start(checkpoint, recorded) if checkpoint and recorded else None
+            return _train(opened, prepared, start, ranks=ranks, sinks=sinks, notes=notes, host=host)
 
 
 def prepare(
@@ -206,6 +208,7 @@ def _train(
     prepared: Preparation,
     start: Start | None,
     *,
+    ranks: Ranks,
     sinks: Sequence[Sink],
     notes: Sequence[Row] = (),
     host: Host | None = None,
@@ -245,10 +248,10 @@ def _train(
             generation=answer_settings(prepared.tokenizer) if config.finetune else None,
             is_chat=config.finetune is not None,
             completing=completing,
-            ranks=prepared.backend.ranks(),
+            ranks=ranks,
         )
         awake = host.keep_awake() if config.machine.keep_awake else nullcontext(True)
-        with together(run, work.ranks), _reported(run), awake as agreed:
+        with together(run, ranks), _reported(run), awake as agreed:
             if not agreed:
                 run.append_event("keep_awake", held=False)
             return Trainer(work, run, progress=progress, sinks=sinks).fit()
@@ -375,25 +378,3 @@ def _facts(prepared: Preparation, streams: RunStreams) -> dict[str, Any]:
         "activation_checkpointing": fit.activation_checkpointing,
         "has_validation": streams.validation is not None,
     }
-
-
-_PATHS = (("data", "corpus"), ("data", "decay_corpus"), ("train", "init_from"))
-
-
-def with_paths_from(config: RunConfig, run: Path) -> RunConfig:
-    """The config with its paths rewritten as seen from the run's folder, which is how `run.toml`
-    holds them: a project folder can then be moved as a whole."""
-    return _map_paths(config, lambda path: os.path.relpath(Path(path).resolve(), run.resolve()))
-
-
-def with_paths_to(config: RunConfig, run: Path) -> RunConfig:
-    """The other way: a config read from `run.toml`, its paths usable from here."""
-    return _map_paths(config, lambda path: str((run.resolve() / path).resolve()))
-
-
-def _map_paths(config: RunConfig, change: Callable[[str], str]) -> RunConfig:
-    for table, name in _PATHS:
-        path = getattr(getattr(config, table), name)
-        if path:
-            config = updated(config, table, **{name: change(path)})
-    return config

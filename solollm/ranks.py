@@ -2,27 +2,35 @@
 
 What talks between them is the backend's (`solollm.backend.Ranks`); which of them are started is the
 launcher's, torchrun or mlx.launch. Here is what rank 0 does alone, what all do together, and what
-is written down when one of them is lost.
+is written down when one of them is lost. What notices a loss that the framework does not:
+`solollm.lifeline`.
 """
 
 from __future__ import annotations
 
+import os
+import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any, TypeVar
 
 from solollm.backend import Ranks
 from solollm.checkpoint import Checkpoint, latest_checkpoint, open_checkpoint, step_name
+from solollm.config import MachineTable
 from solollm.errors import (
+    ConfigError,
+    DataError,
     IntegrityError,
+    PlanError,
     RankLost,
     RunLocked,
     SoloLLMError,
     Stopped,
     StorageError,
 )
+from solollm.lifeline import Lifeline, Patience, connect
 from solollm.runs import Run
 
 _Result = TypeVar("_Result")
@@ -55,6 +63,65 @@ class Follower(Run):
         pass
 
 
+class Watched(Ranks):
+    """Ranks that know of each other's end while their trainings wait for one another. Where one is
+    lost and its framework does not say so, this process is ended."""
+
+    def __init__(self, ranks: Ranks, patience: Patience) -> None:
+        """Collective. Raises BackendError where the ranks do not reach each other."""
+        self._ranks, self._run = ranks, None
+        self.rank, self.world_size = ranks.rank, ranks.world_size
+        self.local_world_size, self.host = ranks.local_world_size, ranks.host
+        links = connect(self.rank, self.host, ranks.gather, seconds=patience.silent_seconds)
+        self.lifeline = Lifeline(links, patience, note=self._note, end=self._end)
+
+    _run: Run | None
+
+    def speak_for(self, run: Run) -> None:
+        """From now on a loss is written down in this run."""
+        self._run = run
+
+    def largest(self, *values: float) -> tuple[float, ...]:
+        values = self._ranks.largest(*values)
+        self.lifeline.progress()
+        return values
+
+    def gather(self, text: str) -> Sequence[str]:
+        return self._ranks.gather(text)
+
+    def _note(self, error: RankLost, hangs: bool) -> None:
+        if self._run is not None:
+            _write_down(self._run, self, error, hangs=hangs)
+
+    def _end(self, error: RankLost) -> None:
+        # The thread that trains is inside the framework and can raise nothing any more.
+        sys.stderr.write(f"rank {self.rank}: {error}\n")
+        sys.stderr.flush()
+        os._exit(error.exit_code)
+
+
+@contextmanager
+def watched(ranks: Ranks, table: MachineTable) -> Iterator[Ranks]:
+    """The ranks, watching over one another where their framework's exchanges do not."""
+    if ranks.world_size == 1 or not ranks.host:
+        yield ranks
+        return
+    patience = Patience(table.rank_silent_seconds, table.rank_stalled_seconds)
+    watching = Watched(ranks, patience)
+    try:
+        yield watching
+    except Stopped:
+        watching.lifeline.leave()
+        raise
+    except (ConfigError, IntegrityError, PlanError, DataError):
+        watching.lifeline.refuse()
+        raise
+    except BaseException:
+        watching.lifeline.drop()
+        raise
+    watching.lifeline.leave()
+
+
 def on_first(ranks: Ranks, action: Callable[[], _Result]) -> _Result | None:
     """What `action` gives on rank 0; None on the others, which wait for it.
 
@@ -71,7 +138,7 @@ def on_first(ranks: Ranks, action: Callable[[], _Result]) -> _Result | None:
     if failure is not None:
         raise failure
     if code:
-        lost = RankLost("rank 0 could not go on; it has said why")
+        lost = RankLost("rank 0 could not go on; it has said why", is_told=True)
         lost.exit_code = int(code)
         raise lost
     return result
@@ -106,7 +173,14 @@ def locked(run: Run, ranks: Ranks) -> Iterator[None]:
     """Hold the run's lock on rank 0, for all. Raises RunLocked there, RankLost elsewhere."""
     with ExitStack() as held:
         on_first(ranks, lambda: held.enter_context(run.lock()))
-        yield
+        if isinstance(ranks, Watched):
+            ranks.speak_for(run)
+        try:
+            yield
+        except RankLost as error:
+            if not error.is_told:
+                _write_down(run, ranks, error)
+            raise
 
 
 @contextmanager
@@ -125,28 +199,37 @@ def together(run: Run, ranks: Ranks) -> Iterator[None]:
     ranks.largest(0)
 
 
-def _write_down(run: Run, ranks: Ranks, error: Exception) -> None:
+def _write_down(run: Run, ranks: Ranks, error: Exception, *, hangs: bool = False) -> None:
     with suppress(StorageError):  # the disk may be what has failed
         if ranks.rank == 0:
-            run.append_event("failed", reason=_first_line(error))
+            _append_failure(run, error, after=run.locked_since())
         elif isinstance(error, RankLost):
-            _write_down_for_rank_0(Run(run.path, run.config), ranks.rank, error)
+            _write_down_for_rank_0(Run(run.path, run.config), ranks.rank, error, hangs=hangs)
+    if isinstance(error, RankLost):
+        error.is_told = True
 
 
-def _write_down_for_rank_0(run: Run, rank: int, error: Exception) -> None:
+def _write_down_for_rank_0(run: Run, rank: int, error: RankLost, *, hangs: bool) -> None:
     """Rank 0 holds the run's lock as long as it lives, and the kernel lets go when it dies: who
-    gets the lock speaks for it."""
+    gets the lock speaks for it. One that hangs keeps it, and is spoken for all the same."""
     if not Path(run.path / "run.toml").exists():  # another machine's disk
         return
-    deadline = time.monotonic() + _PATIENCE_SECONDS
-    while time.monotonic() < deadline:
+    held, deadline = True, time.monotonic() + _PATIENCE_SECONDS
+    while held and time.monotonic() < deadline:
         try:
             with run.lock():
-                if run.last_ending() != "failed":
-                    run.append_event("failed", reason=_first_line(error), rank=rank)
-                return
+                held = False
+                _append_failure(run, error, rank=rank)
         except RunLocked:
             time.sleep(0.1)
+    if held and hangs:
+        _append_failure(run, error, rank=rank)
+
+
+def _append_failure(run: Run, error: Exception, *, after: float = 0.0, **place: int) -> None:
+    """Unless the thread that trains, or the one that watches, has said it `after` then."""
+    if run.last_ending(after) != "failed":
+        run.append_event("failed", reason=_first_line(error), **place)
 
 
 def _first_line(error: Exception) -> str:

@@ -116,11 +116,20 @@ class Run:
         """Every whole event, oldest first."""
         return _read_rows(self.path / "events.jsonl")[0]
 
-    def last_ending(self) -> str:
-        """How the run ended last, by its events: failed, stopped, or "" where it goes on."""
+    def last_ending(self, after: float = 0.0) -> str:
+        """How the run ended last, by its events later than `after` (seconds since 1970): failed,
+        stopped, or "" where it goes on."""
         rows = _read_rows(self.path / "events.jsonl", _TAIL_BYTES)[0]
-        kinds = [row.get("kind") for row in rows if row.get("kind") in (*_ENDINGS, *_GOING_ON)]
+        rows = [row for row in rows if row.get("kind") in (*_ENDINGS, *_GOING_ON)]
+        kinds = [row["kind"] for row in rows if not after or _seconds_of(row) > after]
         return str(kinds[-1]) if kinds and kinds[-1] in _ENDINGS else ""
+
+    def locked_since(self) -> float:
+        """When the lock was taken or released last, in seconds since 1970; 0 where it never was."""
+        try:
+            return (self.path / "lock").stat().st_mtime
+        except OSError:
+            return 0.0
 
     def write_plan(self, plan: Mapping[str, Any]) -> None:
         """Store what the planner decided."""
@@ -204,7 +213,9 @@ def summarize(path: Path) -> RunSummary:
     total, holder = run.config.train.steps, read_holder(path / "lock")
     state: RunState = "stopped" if step else "new"
     if holder is not None and holder.is_alive():
-        state = "running"
+        # One that hangs holds its lock; others of the same run may have said that it does.
+        failed = run.last_ending(after=run.locked_since()) == "failed"
+        state = "failed" if failed else "running"
     elif total is not None and step >= total:
         state = "finished"
     elif run.last_ending() == "failed":
@@ -268,6 +279,14 @@ def _is_after(row: Row, step: int) -> bool:
 
 def _is_lineage(part: object) -> bool:
     return isinstance(part, dict) and isinstance(part.get("first_step"), int)
+
+
+def _seconds_of(row: Row) -> float:
+    """When an event was, to the second; 0 where it does not say."""
+    try:
+        return datetime.fromisoformat(str(row.get("time"))).timestamp()
+    except ValueError:
+        return 0.0
 
 
 def _now() -> str:

@@ -30,7 +30,8 @@ LAYERS = (
     " tokenizer_inspection watch faults dtype_choice",
     "evaluation report held_out broken_steps continuation completion dialogue",
     "workload trainer",
-    "ranks pretraining finetune planning environments horizon starting_weights run_streams",
+    "lifeline ranks pretraining finetune planning environments horizon starting_weights run_streams"
+    " run_paths",
     "export importing serving guard cargo packing far_side pushing testing resume_proof"
     " migration_proof supervisor story quickstart_move quickstart_tuning quickstart doctor"
     " benchmark text_benchmark",

@@ -87,10 +87,9 @@ class MlxBackend(Backend):
         return memory_costs(model, options, compute_dtype)
 
     def train_session(self, model: ModelConfig, options: SessionOptions, plan: Plan) -> MlxSession:
-        import mlx.core as mx
-
         from solollm_mlx.adapter_session import AdapterSession
         from solollm_mlx.limits import bind_memory, device_limits, require_buffers
+        from solollm_mlx.ranks import join
         from solollm_mlx.session import MlxSession
 
         _check_version()
@@ -98,7 +97,7 @@ class MlxBackend(Backend):
             require_buffers(model, plan, limits)
             bind_memory(limits, plan)
         kind = MlxSession if options.adapter is None else AdapterSession
-        return kind(model, options, plan, mx.distributed.init())
+        return kind(model, options, plan, join())
 
     def ranks(self) -> Ranks:
         from solollm_mlx.ranks import MlxRanks

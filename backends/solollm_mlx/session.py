@@ -47,6 +47,7 @@ from solollm_mlx.memory import step_bytes
 from solollm_mlx.model import Projection, Weights, head_weight, hidden_states, project
 from solollm_mlx.optim import GROUP_ELEMENTS, Arrays, Optimizer, Step
 from solollm_mlx.preference import HostTerms, Preference, Terms
+from solollm_mlx.ranks import lost_ranks_named
 from solollm_mlx.state import MlxSnapshot, read_states, read_weights
 
 DTYPES = {"float32": mx.float32, "bfloat16": mx.bfloat16, "float16": mx.float16}
@@ -72,7 +73,8 @@ class _Pending(PendingMetrics):
         self._numbers, self._tokens = numbers, tokens
 
     def result(self) -> StepMetrics:
-        total, norm, skipped = np.array(self._numbers).tolist()
+        with lost_ranks_named():
+            total, norm, skipped = np.array(self._numbers).tolist()
         return StepMetrics(total, norm, self._tokens, bool(skipped))
 
 
@@ -123,7 +125,7 @@ class MlxSession(TrainSession):
         return {"compile": self._compiled}
 
     def train_step(self, batch: Batch, *, lr: float) -> PendingMetrics:
-        with bounded_run_ahead(self._step_bytes):
+        with lost_ranks_named(), bounded_run_ahead(self._step_bytes):
             return self._train_step(batch, lr)
 
     def _train_step(self, batch: Batch, lr: float) -> PendingMetrics:
@@ -141,7 +143,7 @@ class MlxSession(TrainSession):
         return _Pending(numbers, batch.num_targets)
 
     def probe_step(self, batch: Batch) -> StepMetrics:
-        with bounded_run_ahead(self._step_bytes):
+        with lost_ranks_named(), bounded_run_ahead(self._step_bytes):
             return self._probe_step(batch)
 
     def _probe_step(self, batch: Batch) -> StepMetrics:

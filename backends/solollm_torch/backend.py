@@ -104,7 +104,7 @@ class TorchBackend(Backend):
         import torch
 
         from solollm_torch import memory, memory_offload
-        from solollm_torch.ranks import launched
+        from solollm_torch.launcher import launched
 
         place = torch.device(device) if device else _device()
         costs = memory.memory_costs(model, options, compute_dtype, place)
@@ -124,7 +124,7 @@ class TorchBackend(Backend):
         return replace(costs, traffic_bytes=moved)
 
     def ways(self, device: str = "") -> Sequence[Way]:
-        from solollm_torch.ranks import launched
+        from solollm_torch.launcher import launched
 
         if not (device or _device().type).startswith("cuda"):
             return (Way("resident"),)
@@ -134,7 +134,7 @@ class TorchBackend(Backend):
         self, model: ModelConfig, options: SessionOptions, plan: Plan
     ) -> TorchSession:
         from solollm_torch.adapter_session import AdapterSession
-        from solollm_torch.ranks import launched
+        from solollm_torch.launcher import launched
         from solollm_torch.session import TorchSession
 
         _check_version()
@@ -169,9 +169,13 @@ class TorchBackend(Backend):
         return kind(model, options, plan, _device())
 
     def ranks(self) -> Ranks:
-        from solollm_torch.ranks import TorchRanks, launched
+        from solollm_torch.launcher import launched
 
-        return TorchRanks(_device()) if launched() else Ranks()
+        if not launched():
+            return Ranks()
+        from solollm_torch.ranks import TorchRanks
+
+        return TorchRanks(_device())
 
     def peers(self) -> Sequence[str]:
         from solollm_torch.peers import installed_peers
@@ -203,7 +207,7 @@ class TorchBackend(Backend):
 def _device() -> torch.device:
     import torch
 
-    from solollm_torch.ranks import local_rank
+    from solollm_torch.launcher import local_rank
 
     if not torch.cuda.is_available():
         return torch.device("cpu")

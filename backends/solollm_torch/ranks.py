@@ -9,7 +9,7 @@ from __future__ import annotations
 import atexit
 import functools
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
@@ -17,6 +17,7 @@ import torch.distributed as dist
 
 from solollm.backend import Ranks
 from solollm.errors import BackendError, RankLost
+from solollm_torch.launcher import launched
 
 # What gloo and NCCL say when a process at the other end is gone; their errors have no type of
 # their own.
@@ -25,16 +26,6 @@ _LOST = (
     "Timed out waiting", "communicator was aborted", "remote process exited",
     "recvValue failed", "sendBytes failed",
 )  # fmt: skip
-
-
-def launched(environment: Mapping[str, str] = os.environ) -> bool:
-    """Whether a launcher has started this process as one of several."""
-    return int(environment.get("WORLD_SIZE", "1")) > 1 and "RANK" in environment
-
-
-def local_rank(environment: Mapping[str, str] = os.environ) -> int:
-    """Which of this machine's processes this is: the number of its card."""
-    return int(environment.get("LOCAL_RANK", "0"))
 
 
 class TorchRanks(Ranks):

@@ -179,3 +179,37 @@ def test_torchrun_ends_with_an_error_when_a_rank_dies(tmp_path: Path, settings: 
         started.kill()
     assert Run.open(path).read_events()[-1]["kind"] == "failed"
     assert summarize(path).state == "failed"
+
+
+@pytest.mark.slow
+def test_mlx_launch_leaves_a_failed_run_when_a_rank_dies(tmp_path: Path, settings: Path) -> None:
+    """The launcher itself ends with 0, and the other rank in a collective that never returns."""
+    pytest.importorskip("mlx.core")
+    path = tmp_path / "run"
+    with socket.create_server(("127.0.0.1", 0)) as probe:
+        port = probe.getsockname()[1]
+    main = "from mlx._distributed_utils.launch import main; main()"  # what `mlx.launch` runs
+    launch = [sys.executable, "-c", main, "-n", "2", "--backend", "ring", "-p", str(port)]
+    words = ["-m", "solollm", "pretrain", "--config", str(settings), "--run", str(path)]
+    started = subprocess.Popen(
+        [*launch, "--", sys.executable, *words, "--backend", "mlx"],
+        env=os.environ | {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"},
+        stdin=subprocess.PIPE, stderr=subprocess.PIPE, stdout=subprocess.PIPE,
+    )  # fmt: skip
+    try:
+        end = time.monotonic() + DEADLINE_SECONDS
+        while summarize(path).step < 5 and time.monotonic() < end:
+            time.sleep(0.1)
+        import psutil
+
+        children = psutil.Process(started.pid).children(recursive=True)
+        ranks = {p.environ()["MLX_RANK"]: p for p in children if "MLX_RANK" in p.environ()}
+        ranks["1"].kill()
+        said = b"".join(started.communicate(timeout=DEADLINE_SECONDS))
+    finally:
+        started.kill()
+        started.communicate()
+    assert b"rank 1 exited with code -9" in said
+    assert b"rank 0 exited with code 1" in said
+    assert Run.open(path).read_events()[-1]["kind"] == "failed"
+    assert summarize(path).state == "failed"

@@ -20,7 +20,8 @@ from solollm.errors import ConfigError
 from solollm.export import export_model
 from solollm.finetune.tuning import finetune
 from solollm.generation import generate
-from solollm.pretraining import open_session, prepare, with_paths_to
+from solollm.pretraining import open_session, prepare
+from solollm.run_paths import with_paths_to
 from solollm.run_streams import open_streams
 from solollm.runs import Run
 from solollm.tensorfile import open_weights

@@ -1,0 +1,34 @@
+"""The paths in a run's configuration: as seen from the run's folder on disk, from here in use.
+
+A project folder can then be moved as a whole, and no file of a run names a place of this machine.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+from solollm.config import RunConfig
+from solollm.horizon import updated
+
+_PATHS = (("data", "corpus"), ("data", "decay_corpus"), ("train", "init_from"))
+
+
+def with_paths_from(config: RunConfig, run: Path) -> RunConfig:
+    """The config with its paths rewritten as seen from the run's folder, which is how `run.toml`
+    holds them: a project folder can then be moved as a whole."""
+    return _map_paths(config, lambda path: os.path.relpath(Path(path).resolve(), run.resolve()))
+
+
+def with_paths_to(config: RunConfig, run: Path) -> RunConfig:
+    """The other way: a config read from `run.toml`, its paths usable from here."""
+    return _map_paths(config, lambda path: str((run.resolve() / path).resolve()))
+
+
+def _map_paths(config: RunConfig, change: Callable[[str], str]) -> RunConfig:
+    for table, name in _PATHS:
+        path = getattr(getattr(config, table), name)
+        if path:
+            config = updated(config, table, **{name: change(path)})
+    return config
