@@ -13,7 +13,8 @@ from solollm.errors import IntegrityError
 @pytest.mark.parametrize(
     ("target", "request_", "seconds", "reason"),
     [
-        ("time:sleep", 60, 0.5, "longer than 0.5 seconds"),
+        ("time:sleep", 60, 0.1, "took longer than 1 seconds"),
+        ("builtins:exec", "while True: pass", 0.5, "computed for longer than 0.5 seconds"),
         ("os:_exit", 3, 20, "code 3"),
         ("os:abort", None, 20, "TypeError"),
         ("sys:exit", "bye", 20, "SystemExit"),
