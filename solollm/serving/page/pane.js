@@ -225,8 +225,10 @@ class Pace {
   words() {
     if (this.first === null) return "";
     const count = this.total ?? this.pieces;
-    const seconds = (this.last - this.first) / 1000;
-    const speed = seconds > 0 && count > 1 ? `${((count - 1) / seconds).toFixed(1)} tokens/s · ` : "";
+    // What came all at once says nothing about the time between tokens: then the wait counts, too.
+    const apart = this.last - this.first > 50;
+    const perSecond = apart ? (count - 1) / (this.last - this.first) : count / (this.last - this.begun);
+    const speed = count > 1 ? `${(1000 * perSecond).toFixed(1)} tokens/s · ` : "";
     const wait = ((this.first - this.begun) / 1000).toFixed(2);
     return `${speed}${count} token${count === 1 ? "" : "s"} · first after ${wait} s`;
   }
