@@ -89,8 +89,13 @@ def _steps(arguments: argparse.Namespace, python: str) -> list[tuple[str, list[s
         ("types", [python, "-m", "mypy"]),
         ("layers", [python, "tools/check_layers.py"]),
         ("sizes", [python, "tools/check_sizes.py"]),
-        ("tests", [python, "-m", "pytest", "-n", str(os.cpu_count() or 1), "--dist", "loadfile"]),
+        ("tests", [python, "-m", "pytest", "-n", _test_processes(), "--dist", "loadfile"]),
     ]
+
+
+def _test_processes() -> str:
+    """One more than there are cores: tests of processes that start, die and come back wait."""
+    return str((os.cpu_count() or 1) + 1)
 
 
 def _vllm_steps(python: str, torch_index: str) -> list[tuple[str, list[str]]]:
@@ -107,8 +112,8 @@ def _vllm_steps(python: str, torch_index: str) -> list[tuple[str, list[str]]]:
 def _run(name: str, command: list[str]) -> bool:
     say(f"\n--- {name}")
     started = time.monotonic()
-    # One test process per core, each with one thread: the models of the tests are too small for
-    # two, and threads that wait for each other on a busy machine wait very long.
+    # Test processes of one thread each: the models of the tests are too small for two, and threads
+    # that wait for each other on a busy machine wait very long.
     settings = {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "passive", **os.environ}
     with tempfile.TemporaryDirectory(
         prefix="solollm-check-", ignore_cleanup_errors=True

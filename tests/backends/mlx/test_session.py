@@ -81,14 +81,18 @@ def test_chunks_lower_the_peak_of_the_loss(monkeypatch: pytest.MonkeyPatch) -> N
 
 
 def peak_bytes(session: MlxSession, batch: Batch) -> int:
-    """The peak of one step above what the session holds."""
+    """The peak of a step above what the session holds: the least of three, because on a busy
+    machine freed arrays wait for their stream."""
     session.train_step(batch, lr=1e-3).result()
-    state_of(session)
-    mx.clear_cache()
-    held = mx.get_active_memory()
-    mx.reset_peak_memory()
-    session.train_step(batch, lr=1e-3).result()
-    return int(mx.get_peak_memory() - held)
+    peaks = []
+    for _ in range(3):
+        state_of(session)
+        mx.clear_cache()
+        held = mx.get_active_memory()
+        mx.reset_peak_memory()
+        session.train_step(batch, lr=1e-3).result()
+        peaks.append(int(mx.get_peak_memory() - held))
+    return min(peaks)
 
 
 @pytest.fixture
