@@ -20,7 +20,7 @@ from typing import Literal, NamedTuple, Protocol
 import numpy as np
 
 from solollm.adapters import AdapterOptions
-from solollm.architecture import ModelConfig
+from solollm.architecture import ModelConfig, initial_parameter, parameter_table
 from solollm.config import OptimizerTable
 from solollm.errors import BackendError
 
@@ -91,6 +91,19 @@ class DictSource:
         return self._tensors[name]
 
 
+class InitialWeights:
+    """A `TensorSource` of the core's initial weights: any base will do where only time counts."""
+
+    def __init__(self, model: ModelConfig, seed: int) -> None:
+        self._specs, self._seed = {spec.name: spec for spec in parameter_table(model)}, seed
+
+    def names(self) -> Sequence[str]:
+        return list(self._specs)
+
+    def read(self, name: str) -> HostTensor:
+        return HostTensor.of(initial_parameter(self._specs[name], self._seed))
+
+
 @dataclass(frozen=True)
 class Batch:
     """The GLOBAL batch of one optimizer step.
@@ -150,6 +163,27 @@ class MemoryStats(NamedTuple):
 
     current_bytes: int
     peak_bytes: int
+
+
+@dataclass(frozen=True)
+class Copies:
+    """What a train step copied between the host's memory and the device's: bytes, and seconds of
+    each way and of the computation standing still for them. None where copies take their turn with
+    the computation, as on a processor."""
+
+    loaded_bytes: int
+    stored_bytes: int
+    load_seconds: float | None = None
+    store_seconds: float | None = None
+    stalled_seconds: float | None = None
+
+
+class MatmulRate(NamedTuple):
+    """Floating-point operations of a matrix product, per second of the clock and of processor time
+    (which says nothing of a GPU)."""
+
+    per_second: float
+    per_cpu_second: float
 
 
 class Snapshot(ABC):
@@ -376,6 +410,10 @@ class TrainSession(ABC):
     @abstractmethod
     def memory(self) -> MemoryStats: ...
 
+    def copies(self) -> Copies | None:
+        """What the last `train_step` copied, counted as it went; None where nothing counts it."""
+        return None
+
     def release_cache(self) -> None:  # noqa: B027
         """Give the system back what is held only to be fast: memory is short."""
 
@@ -517,8 +555,23 @@ class Backend(ABC):
     ) -> MemoryCosts:
         """What a session costs on `device` ("cpu", "cuda", "gpu"; empty: this machine's)."""
 
-    def ways(self, device: str = "") -> Sequence[Way]:
-        """How models can be held on `device`, the fastest first."""
+    def rollout_bytes(
+        self,
+        model: ModelConfig,
+        options: SessionOptions,
+        compute_dtype: ComputeDType,
+        *,
+        sequences: int,
+        length: int,
+        device: str = "",
+    ) -> Mapping[str, int]:
+        """What a session's `engine` takes beside its state, by name, while it draws `sequences` at
+        once of up to `length` positions (GRPO)."""
+        return {}
+
+    def ways(self, device: str = "", *, adapter: bool = False) -> Sequence[Way]:
+        """How models can be held on `device`, the fastest first; `adapter`: a frozen base and an
+        adapter."""
         return (Way("resident"),)
 
     @abstractmethod
@@ -540,11 +593,20 @@ class Backend(ABC):
         `seconds`; empty where there is nothing to choose."""
         return {}
 
-    def peers(self) -> Sequence[str]:
-        """Names of other installed training stacks that `peer` can bring to the same step."""
-        return ()
+    def peers(self) -> Mapping[str, str]:
+        """The other training stacks that `peer` can bring to the same step, by name: the package
+        that each lacks on this machine, empty where it is installed."""
+        return {}
 
-    def peer(self, name: str, model: ModelConfig, table: OptimizerTable, seed: int) -> Peer:
+    def peer(
+        self,
+        name: str,
+        model: ModelConfig,
+        table: OptimizerTable,
+        *,
+        seed: int,
+        compute_dtype: ComputeDType = "float32",
+    ) -> Peer:
         """One of them, over the core's initial weights of `seed`."""
         raise BackendError(f"the {self.name} backend has no peer {name!r} here")
 
@@ -553,10 +615,12 @@ class Backend(ABC):
         where it is not measured."""
         return 0.0
 
-    def gemm_flops_per_cpu_second(self, model: ModelConfig, num_tokens: int) -> float:
-        """The fp32 matrix-multiply rate of this process now, per second of processor time, at the
-        shape of the model's largest layer; 0 where it is not measured."""
-        return 0.0
+    def matmul_rate(
+        self, model: ModelConfig, num_tokens: int, compute_dtype: ComputeDType = "float32"
+    ) -> MatmulRate:
+        """What this process reaches now at the shape of the model's largest layer, for about a
+        second; zeros where it is not measured."""
+        return MatmulRate(0.0, 0.0)
 
     def memory(self, *, restart_peak: bool = False) -> MemoryStats:
         """What this process holds on the device, for benchmarks; zeros where it is not counted.

@@ -21,10 +21,21 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
+
 from solollm import durable
 from solollm.architecture import ModelConfig
-from solollm.backend import Backend, Batch, Plan, SessionOptions, TrainSession
+from solollm.backend import (
+    Backend,
+    Batch,
+    InitialWeights,
+    Objective,
+    Plan,
+    SessionOptions,
+    TrainSession,
+)
 from solollm.errors import SoloLLMError
+from solollm.preference import rows_at_once
 
 WARM_UP_STEPS = 1
 LEAST_STEPS = 3  # per measured variant
@@ -102,9 +113,12 @@ def calibrate(
     for layers in sorted({variant.layers for variant in variants}):
         cut = model.model_copy(update={"num_hidden_layers": layers})
         for variant in (v for v in variants if v.layers == layers):
-            rows = plan.micro_batch_size * variant.micro_batches
+            at_once = rows_at_once(options.objective, plan.micro_batch_size)
+            rows = at_once * variant.micro_batches
             smaller = replace(plan, batch_size=rows)
             with closing(backend.train_session(cut, options, smaller)) as session:
+                if options.adapter is not None:
+                    session.import_base(InitialWeights(cut, options.seed))
                 batch = sample_batch(rows, plan.seq_len)
                 measured[variant] = _time_steps(session, batch, count)
     return Calibration(
@@ -113,6 +127,31 @@ def calibrate(
         measured=measured,
         layers=model.num_hidden_layers,
         micro_batches=micro_batches,
+    )
+
+
+def synthetic_batch(
+    model: ModelConfig, rows: int, seq_len: int, *, objective: Objective = "lm"
+) -> Batch:
+    """Random ids in documents of uneven length: work of the size that real text makes. For DPO and
+    GRPO with a reference, whose values change nothing about it."""
+    generator = np.random.default_rng(0)
+    ids = generator.integers(0, model.vocab_size, (rows, seq_len + 1), dtype=np.int32)
+    borders = generator.random((rows, seq_len)) < 2.0 / seq_len
+    batch = Batch(
+        input_ids=np.ascontiguousarray(ids[:, :-1]),
+        labels=np.ascontiguousarray(ids[:, 1:]),
+        denominator=float(rows * seq_len),
+        segment_ids=np.cumsum(borders, axis=1, dtype=np.int32),
+    )
+    if objective == "lm":
+        return batch
+    zeros, pairs = np.zeros((rows, seq_len), np.float32), np.arange(rows, dtype=np.int32) // 2
+    return replace(
+        batch,
+        reference_logprobs=zeros,
+        advantages=zeros if objective == "grpo" else None,
+        pair_ids=pairs if objective == "dpo" else None,
     )
 
 

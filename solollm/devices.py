@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 from typing import Literal, NamedTuple
 
 from solollm.errors import ConfigError, nearest
-from solollm.hardware import HostSystem, Machine
+from solollm.hardware import Gpu, HostSystem, Machine
 
 GIB = 1 << 30
 Kind = Literal["cuda", "apple", "cpu"]
@@ -33,6 +33,12 @@ _SHARES = {
     "hopper": Share(0.40, "torchtitan 8B on H100: 33-39%, nanochat 40-46%"),
     "apple": Share(0.42, "mlx-examples issue 127: 34-47% of the fp32 rate, M1 Pro to M3 Max"),
     "cpu": Share(0.65, "this project, docs/results/train.md: share of the matrix-multiply rate"),
+}
+# Of the memory's bandwidth, what generating one token at a time reaches.
+_DECODE_SHARES = {
+    "cuda": Share(0.6, "Llama-2-7B in 4 bits on a 4090: llama.cpp 57%, ExLlamaV2 67%, MLC 77%"),
+    "apple": Share(0.43, "mlx-vlm PR 2153: 1B in bf16 on an M3 Ultra"),
+    "cpu": Share(0.6, "this project, docs/results/plan.md"),
 }
 
 
@@ -65,6 +71,11 @@ class Device:
         if self.measured_flops:
             return Share(self.measured_flops / self.flops, "calibrated on this machine")
         return _SHARES[self.family]
+
+    @property
+    def decode_share(self) -> Share:
+        """Of `bandwidth`, what generating is expected to reach."""
+        return _DECODE_SHARES[self.kind]
 
     @property
     def training_flops(self) -> float:
@@ -194,9 +205,7 @@ def this_device(machine: Machine, *, device_name: str, measured_flops: float = 0
     """
     if device_name.startswith("cpu") or not machine.gpus:
         return _this_cpu(machine, measured_flops)
-    index = device_name.partition(":")[2]
-    gpu = machine.gpus[min(int(index) if index.isdigit() else 0, len(machine.gpus) - 1)]
-    known = _match(gpu.name, gpu.memory_bytes if gpu.vendor == "nvidia" else machine.ram_bytes)
+    gpu, known = _gpu(machine, device_name), table_entry(machine, device_name)
     if gpu.vendor == "nvidia":
         base = known or device("rtx-3060")
         return Device(
@@ -211,6 +220,20 @@ def this_device(machine: Machine, *, device_name: str, measured_flops: float = 0
         base.bandwidth, 0.0, base.watts,
         base.source if known else "unknown chip: rates of an M1; calibrate", 0, measured_flops,
     )  # fmt: skip
+
+
+def table_entry(machine: Machine, device_name: str) -> Device | None:
+    """What the table says of the card or chip that a backend computes on; None for a processor,
+    which has no datasheet rate, and for one that the table does not know."""
+    if device_name.startswith("cpu") or not machine.gpus:
+        return None
+    gpu = _gpu(machine, device_name)
+    return _match(gpu.name, gpu.memory_bytes if gpu.vendor == "nvidia" else machine.ram_bytes)
+
+
+def _gpu(machine: Machine, device_name: str) -> Gpu:
+    index = device_name.partition(":")[2]
+    return machine.gpus[min(int(index) if index.isdigit() else 0, len(machine.gpus) - 1)]
 
 
 def _this_cpu(machine: Machine, measured_flops: float) -> Device:

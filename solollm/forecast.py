@@ -11,25 +11,28 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 from solollm.architecture import ModelConfig, parameter_table
-from solollm.backend import MemoryCosts, Plan
+from solollm.backend import MemoryCosts, Plan, SessionOptions
 from solollm.config import OptimizerTable
 from solollm.devices import Device
+from solollm.drawing import Drawing, drawing_seconds
 
 NEWTON_SCHULZ_STEPS = 5  # of Muon, as both backends take them
-_RECOMPUTED = 1 / 3  # of a step's operations: the forward pass, once more
 _SECONDS_PER_HOUR = 3600.0
 
 
 @dataclass(frozen=True)
 class Forecast:
-    """One training on one device. Seconds are wall seconds; `rate_source` says where the rate of
-    the device comes from, and `is_measured` whether it was measured there."""
+    """One training on one device. Seconds are wall seconds, those of a step but for `seconds`;
+    `rate_source` says where the rate of the device comes from, and `is_measured` whether it was
+    measured there."""
 
     tokens: int
     tokens_per_second: float
     step_seconds: float
     compute_seconds: float
     copy_seconds: float
+    reference_seconds: float
+    drawing_seconds: float
     seconds: float
     kilowatt_hours: float
     money: float
@@ -58,20 +61,22 @@ def forecast(
     device: Device,
     costs: MemoryCosts,
     *,
-    table: OptimizerTable,
+    options: SessionOptions,
     steps: int,
     price_per_kwh: float,
     step_seconds: float = 0.0,
+    drawing: Drawing | None = None,
 ) -> Forecast:
-    """What `steps` steps of a plan take. `step_seconds`, where measured, replaces the estimate."""
+    """What `steps` steps of a plan take. `step_seconds`, where measured, replaces the estimate of
+    `train_step`; `drawing` is what GRPO adds to it."""
     tokens = plan.batch_size * plan.seq_len
-    operations = model.flops_per_token(plan.seq_len) * tokens
-    recomputing = 1 + _RECOMPUTED * plan.activation_checkpointing
     rate = device.training_flops
-    compute = operations * recomputing / rate + muon_flops(model, table) / rate
+    compute = trained_flops(model, plan, options) / rate
+    reference = reference_flops(model, plan, options) / rate
     copies = copied_bytes_per_step(costs, plan) / device.link if device.link else 0.0
     estimated = max(compute, copies) if costs.overlaps_copies else compute + copies
-    step = step_seconds or estimated
+    drawn = drawing_seconds(model, drawing, plan, device) if drawing else 0.0
+    step = (step_seconds or estimated) + reference + drawn
     seconds = step * steps
     energy = device.watts * seconds / _SECONDS_PER_HOUR / 1000
     return Forecast(
@@ -80,12 +85,37 @@ def forecast(
         step_seconds=step,
         compute_seconds=compute,
         copy_seconds=copies,
+        reference_seconds=reference,
+        drawing_seconds=drawn,
         seconds=seconds,
         kilowatt_hours=energy,
         money=energy * price_per_kwh,
         rate_source="steps of this shape on this machine" if step_seconds else device.share.source,
         is_measured=bool(step_seconds or device.measured_flops),
     )
+
+
+def trained_flops(model: ModelConfig, plan: Plan, options: SessionOptions) -> float:
+    """Operations of `train_step`: passes of a forward's size over its tokens (a frozen base needs
+    no gradients of its weights), the head once more where the loss is made of log-probabilities,
+    Muon's orthogonalisations."""
+    passes = 2.0 if options.adapter is not None else 3.0
+    passes += plan.activation_checkpointing
+    head = 0.0 if options.objective == "lm" else 2.0 * model.vocab_size * model.hidden_size
+    tokens, forward = plan.batch_size * plan.seq_len, _forward_flops(model, plan)
+    return tokens * (passes * forward + head) + muon_flops(model, options.optimizer)
+
+
+def reference_flops(model: ModelConfig, plan: Plan, options: SessionOptions) -> float:
+    """Of the forward pass that DPO's reference takes per step, and that of GRPO's KL term. DPO
+    keeps what it found: from the second epoch on there is none."""
+    needed = options.objective == "dpo" or (options.objective == "grpo" and options.beta > 0)
+    return needed * plan.batch_size * plan.seq_len * _forward_flops(model, plan)
+
+
+def _forward_flops(model: ModelConfig, plan: Plan) -> float:
+    """Per token: a third of forward and backward."""
+    return model.flops_per_token(plan.seq_len) / 3
 
 
 def copied_bytes_per_step(costs: MemoryCosts, plan: Plan) -> int:

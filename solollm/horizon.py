@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, closing, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 from solollm.adapters import AdapterOptions
 from solollm.architecture import ModelConfig
-from solollm.backend import Backend, Batch, Objective, Plan, SessionOptions
+from solollm.backend import Backend, Batch, Objective, Plan, SessionOptions, TrainSession
 from solollm.config import FinetuneTable, ModelTable, OptimizerTable, RunConfig
 from solollm.dial import from_depth, horizon, preset
 from solollm.errors import BackendError, ConfigError, PlanError
@@ -25,8 +26,8 @@ _LARGEST_DEPTH = 32
 _PROBE_SECONDS = 3.0
 _TRAINING_SHARE = 0.95  # of the hours; the rest is evaluations, samples, saves and start-up
 
-# (batch_size, seq_len) -> a batch of that shape, to measure speed with.
-SampleBatch = Callable[[int, int], Batch]
+# (session, rows, seq_len) -> for a while, a function that takes a step of that shape at an lr.
+Rehearse = Callable[[TrainSession, int, int], AbstractContextManager[Callable[[float], object]]]
 
 
 @dataclass(frozen=True)
@@ -105,9 +106,7 @@ def resolve_shape(config: RunConfig, model: ModelConfig) -> Shape:
     return Shape(model, seq_len, rows, config.optimizer.lr or dial.lr)
 
 
-def resolve(
-    config: RunConfig, shape: Shape, backend: Backend, sample_batch: SampleBatch
-) -> RunConfig:
+def resolve(config: RunConfig, shape: Shape, backend: Backend, rehearse: Rehearse) -> RunConfig:
     """`config` with the shape and the number of steps filled in. Measures this machine for some
     seconds only where the horizon is given in hours."""
     table = config.train
@@ -116,7 +115,7 @@ def resolve(
     elif table.tokens is not None:
         steps = math.ceil(table.tokens / shape.tokens_per_step)
     elif table.hours is not None:
-        seconds = seconds_per_step(shape, config, backend, sample_batch)
+        seconds = seconds_per_step(shape, config, backend, rehearse)
         steps = int(table.hours * 3600 * _TRAINING_SHARE / seconds)
     else:
         steps = shape.dial_steps
@@ -127,7 +126,7 @@ def resolve(
 
 
 def deepest_shape(
-    config: RunConfig, vocab_size: int, backend: Backend, sample_batch: SampleBatch
+    config: RunConfig, vocab_size: int, backend: Backend, rehearse: Rehearse
 ) -> Shape:
     """The shape of `--hours` alone: the deepest model whose own horizon fits into that time here.
 
@@ -143,9 +142,7 @@ def deepest_shape(
 
     depth = DEFAULT_DEPTH
     for _ in range(2):
-        speed = at(depth).flops_per_step / seconds_per_step(
-            at(depth), config, backend, sample_batch
-        )
+        speed = at(depth).flops_per_step / seconds_per_step(at(depth), config, backend, rehearse)
         depth = _LARGEST_DEPTH
         while depth > 1 and (
             at(depth).flops_per_step * at(depth).dial_steps > budget * speed
@@ -156,7 +153,7 @@ def deepest_shape(
 
 
 def seconds_per_step(
-    shape: Shape, config: RunConfig, backend: Backend, sample_batch: SampleBatch
+    shape: Shape, config: RunConfig, backend: Backend, rehearse: Rehearse
 ) -> float:
     """Measured wall seconds of one optimizer step, in a session that is thrown away.
 
@@ -165,17 +162,24 @@ def seconds_per_step(
     """
     options = session_options(config, backend)
     session = backend.train_session(shape.model, options, plan_of(shape, config, backend))
-    try:
-        batch = sample_batch(shape.batch_size, shape.seq_len)
-        session.train_step(batch, lr=shape.lr).result()  # the first one compiles and allocates
+    with closing(session), rehearse(session, shape.batch_size, shape.seq_len) as step:
+        step(shape.lr)  # the first one compiles and allocates
         count, begun = 0, time.monotonic()
         while count < 3 or time.monotonic() - begun < _PROBE_SECONDS:
-            session.train_step(batch, lr=shape.lr).result()
+            step(shape.lr)
             count += 1
         seconds = (time.monotonic() - begun) / count
         return backend.ranks().largest(seconds)[0]
-    finally:
-        session.close()
+
+
+def plain_steps(batch: Batch) -> Rehearse:
+    """Steps on one and the same batch, whatever the weights."""
+
+    @contextmanager
+    def begin(session: TrainSession, *_: int) -> Iterator[Callable[[float], object]]:
+        yield lambda lr: session.train_step(batch, lr=lr).result()
+
+    return begin
 
 
 def plan_of(shape: Shape, config: RunConfig, backend: Backend) -> Plan:

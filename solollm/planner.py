@@ -24,6 +24,7 @@ from solollm.backend import (
 )
 from solollm.config import RunConfig
 from solollm.dial import PRESET_NAMES, preset
+from solollm.drawing import Drawing, drawing_of
 from solollm.dtype_choice import preferred_dtype
 from solollm.errors import ConfigError, PlanError
 from solollm.hardware import Machine, read_machine
@@ -36,6 +37,7 @@ _USABLE_SHARE = {"cpu": 0.8, "gpu": 0.9}
 _CPU_MICRO_BATCH_TOKENS = 4096
 # Beyond this a GPU gains nothing either, and a plan is easier to read.
 _GPU_MICRO_BATCH_TOKENS = 1 << 17
+_OF_A_STEP = ("activations", "loss", "allocator")  # there while a step trains, and not between
 
 
 @dataclass(frozen=True)
@@ -64,6 +66,15 @@ class Layout:
     def total_bytes(self) -> int:
         return sum(self.device_bytes.values())
 
+    def beside_drawing(self, drawn_bytes: int) -> Layout:
+        """The layout of a step that draws answers first. They are done with when training begins,
+        so only what they take beyond its activations is counted."""
+        shared = sum(self.device_bytes.get(name, 0) for name in _OF_A_STEP)
+        if drawn_bytes <= shared:
+            return self
+        table = {**self.device_bytes, "drawing answers": drawn_bytes - shared}
+        return replace(self, device_bytes=table)
+
     def missing_bytes(self, room: Room) -> int:
         """By how much it misses the room, on the device and beside it; 0 where it fits."""
         host = sum(self.host_bytes.values())
@@ -86,6 +97,7 @@ class Question:
     activation_checkpointing: bool | None
     ways: tuple[Way, ...]
     max_tokens: int  # of a micro-batch that the planner chooses; one row is always allowed
+    drawing: Drawing | None = None
 
 
 def plan(
@@ -138,6 +150,7 @@ def ask(
         config.train.micro_batch_size, config.train.activation_checkpointing,
         tuple(_allowed_ways(options, config, backend, room)),
         _CPU_MICRO_BATCH_TOKENS if room.is_cpu else _GPU_MICRO_BATCH_TOKENS,
+        drawing_of(config, batch_size, seq_len),
     )  # fmt: skip
 
 
@@ -227,10 +240,19 @@ def layouts(question: Question, backend: Backend, way: Way, room: Room) -> Itera
     options = options_of(question.options, way)
     place = {"device": room.device} if room.device else {}
     costs = backend.memory_costs(question.model, options, question.compute_dtype, **place)
+    drawn = 0
+    if question.drawing is not None:
+        drawn = sum(
+            backend.rollout_bytes(
+                question.model, options, question.compute_dtype,
+                sequences=question.drawing.at_once, length=question.seq_len, **place,
+            ).values()
+        )  # fmt: skip
     asked = question.activation_checkpointing
     for checkpointing in (False, True) if asked is None else (asked,):
         for rows in _micro_batch_sizes(question):
-            yield _layout(question, way, costs, (rows, checkpointing))
+            layout = _layout(question, way, costs, (rows, checkpointing))
+            yield layout.beside_drawing(drawn)
 
 
 def options_of(options: SessionOptions, way: Way) -> SessionOptions:
@@ -270,7 +292,7 @@ def _allowed_ways(
     given, table = options.backend_options, options.optimizer
     fixed_bits = "state_bits" in config.optimizer.model_fields_set
     allowed = []
-    for way in backend.ways(room.device):
+    for way in backend.ways(room.device, adapter=options.adapter is not None):
         agrees = all(given.get(key, value) == value for key, value in way.settings.items())
         same_place = given.get("offload", "none") == way.settings.get("offload", "none")
         if not agrees or not ("offload" not in given or same_place):
@@ -344,6 +366,11 @@ def _remedies(
     free = replace(question, micro_batch_size=None, activation_checkpointing=None)
     if free != question:
         yield "leave micro-batch and activation checkpointing to the planner", free
+    if free.drawing is not None:
+        for at_once in (free.drawing.at_once // 4, 1):
+            if 0 < at_once < free.drawing.at_once:
+                free = replace(free, drawing=free.drawing._replace(at_once=at_once))
+                yield f"--set finetune.grpo.rollout_batch_size={at_once}", free
     if "bfloat16" in capabilities.train_dtypes and question.compute_dtype == "float32":
         free = replace(free, compute_dtype="bfloat16")
         yield "--set train.compute_dtype=bfloat16", free

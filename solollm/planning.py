@@ -11,15 +11,21 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-import numpy as np
-
-from solollm.architecture import ModelConfig
-from solollm.backend import Backend, Batch, Capabilities, ComputeDType, Plan, SessionOptions, Way
-from solollm.calibration import Calibration, Rates, calibrate
+from solollm.backend import (
+    Backend,
+    Batch,
+    Capabilities,
+    ComputeDType,
+    Plan,
+    SessionOptions,
+    Way,
+)
+from solollm.calibration import Calibration, Rates, calibrate, synthetic_batch
 from solollm.config import RunConfig
 from solollm.devices import Device, device, device_table, this_device
-from solollm.errors import PlanError
-from solollm.forecast import Forecast, forecast
+from solollm.drawing import drawing_of
+from solollm.errors import ConfigError, PlanError
+from solollm.forecast import Forecast, forecast, trained_flops
 from solollm.hardware import Machine, read_machine
 from solollm.horizon import Shape, resolve_model, resolve_shape, session_options, settled
 from solollm.planner import (
@@ -241,12 +247,12 @@ def _planned(config: RunConfig, shape: Shape, wishes: Wishes, place: _Place) -> 
     entry = _with_rate(place, shape, plan)
     seconds = measured.step_seconds if measured else 0.0
     told = forecast(
-        shape.model, plan, entry, layout.costs, table=chosen.optimizer, steps=1,
-        price_per_kwh=wishes.price_per_kwh, step_seconds=seconds,
+        shape.model, plan, entry, layout.costs, options=chosen, steps=1,
+        price_per_kwh=wishes.price_per_kwh, step_seconds=seconds, drawing=question.drawing,
     )  # fmt: skip
     steps = _steps(config, shape, told.step_seconds)
     told = told.of_steps(steps)
-    size = checkpoint_bytes(shape.model, chosen.optimizer)
+    size = checkpoint_bytes(shape.model, chosen.optimizer, chosen.adapter)
     kept = config.checkpoint.keep_latest + config.checkpoint.keep_best + 1  # one being written
     return TrainingPlan(
         device=entry, backend=backend.name, room=room, shape=shape,
@@ -265,6 +271,12 @@ def _steps(config: RunConfig, shape: Shape, step_seconds: float) -> int:
         return max(1, -(-table.tokens // shape.tokens_per_step))
     if table.hours is not None:
         return max(1, int(table.hours * 3600 / step_seconds))
+    if config.finetune is not None:
+        raise ConfigError(
+            "this fine-tuning does not say how long it is",
+            why="its steps follow from its rows, which a plan does not read",
+            fix="give train.steps, --tokens or --hours",
+        )
     return shape.dial_steps
 
 
@@ -284,30 +296,16 @@ def _calibrate(
         return None
 
     def sample_batch(rows: int, seq_len: int) -> Batch:
-        return synthetic_batch(shape.model, rows, seq_len)
+        return synthetic_batch(shape.model, rows, seq_len, objective=options.objective)
 
     measured = calibrate(
         place.backend, shape.model, options, plan,
         sample_batch=sample_batch, steps=count,
     )  # fmt: skip
-    recomputing = 1 + plan.activation_checkpointing / 3
-    rate = shape.flops_per_step * recomputing / measured.step_seconds
+    rate = trained_flops(shape.model, plan, options) / measured.step_seconds
     key = rate_key(place.backend.name, place.device.name, plan.compute_dtype)
     Rates().add(key, shape.model.hidden_size, rate)
     return measured
-
-
-def synthetic_batch(model: ModelConfig, rows: int, seq_len: int) -> Batch:
-    """Random ids in documents of uneven length: work of the size that real text makes."""
-    generator = np.random.default_rng(0)
-    ids = generator.integers(0, model.vocab_size, (rows, seq_len + 1), dtype=np.int32)
-    borders = generator.random((rows, seq_len)) < 2.0 / seq_len
-    return Batch(
-        input_ids=np.ascontiguousarray(ids[:, :-1]),
-        labels=np.ascontiguousarray(ids[:, 1:]),
-        denominator=float(rows * seq_len),
-        segment_ids=np.cumsum(borders, axis=1, dtype=np.int32),
-    )
 
 
 def _options(question: Question, chosen: Layout, entry: Device, place: _Place) -> Iterator[Option]:
@@ -330,7 +328,8 @@ def _ways_to_show(question: Question, place: _Place) -> Iterator[Way]:
 def _option(question: Question, layout: Layout, entry: Device, room: Room) -> Option:
     told = forecast(
         question.model, as_plan(question, layout, room), entry, layout.costs,
-        table=options_of(question.options, layout.way).optimizer, steps=1, price_per_kwh=0.0,
+        options=options_of(question.options, layout.way), steps=1, price_per_kwh=0.0,
+        drawing=question.drawing,
     )  # fmt: skip
     return Option(
         name=layout.way.name,
@@ -358,7 +357,8 @@ def expect(config: RunConfig, plan: Plan, backend: Backend) -> dict[str, float |
     told = forecast(
         shape.model, plan, device,
         backend.memory_costs(shape.model, options, plan.compute_dtype),
-        table=options.optimizer, steps=steps, price_per_kwh=DEFAULT_PRICE,
+        options=options, steps=steps, price_per_kwh=DEFAULT_PRICE,
+        drawing=drawing_of(config, shape.batch_size, shape.seq_len),
     )  # fmt: skip
     return {
         "tokens_per_second": told.tokens_per_second,

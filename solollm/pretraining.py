@@ -13,7 +13,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from solollm.backend import Backend, Batch, Plan, Ranks, TrainSession
+from solollm.backend import Backend, Plan, Ranks, TrainSession
 from solollm.checkpoint import Checkpoint, Environment
 from solollm.config import RunConfig
 from solollm.continuation import compare, look_ahead, require_continuation, tolerance_between
@@ -43,6 +43,7 @@ from solollm.planning import expect
 from solollm.ranks import Follower, latest_for_all, locked, on_first, together, watched
 from solollm.reality import measure
 from solollm.registry import Selected, find_backends, select_backend
+from solollm.rehearsal import rehearsal
 from solollm.report.html import write_report
 from solollm.report.sinks import open_sinks
 from solollm.run_log import Row, Sink
@@ -186,19 +187,17 @@ def prepare(
     if config.train.init_from and (recorded is None or trains_adapter(config)):
         weights = read_starting_weights(Path(config.train.init_from), tokenizer)
 
-    def sample_batch(rows: int, seq_len: int) -> Batch:
-        return open_streams(config, batch_size=rows, seq_len=seq_len).first.batch(0)
-
+    rehearse = rehearsal(config, chosen, weights)
     named = config.model.preset or config.model.depth or config.model.config
     is_fixed = config.model.config is not None  # a foreign model's rows may be as many as it likes
     vocab_size = tokenizer.vocab_size if is_fixed else tokenizer.padded_vocab_size
     if weights is not None:
         shape = resolve_shape(config, weights.model_for(config.model))
     elif config.train.hours is not None and not named:
-        shape = deepest_shape(config, vocab_size, chosen, sample_batch)
+        shape = deepest_shape(config, vocab_size, chosen, rehearse)
     else:
         shape = resolve_shape(config, resolve_model(config.model, vocab_size))
-    config = resolve(config, shape, chosen, sample_batch)
+    config = resolve(config, shape, chosen, rehearse)
     plan = plan_of(shape, config, chosen)
     return Preparation(settled(config, chosen, plan), selected, plan, tokenizer, weights)
 

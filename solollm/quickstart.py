@@ -32,7 +32,7 @@ from solollm.durable import replace_file
 from solollm.errors import ConfigError, DataError, IntegrityError, SoloLLMError
 from solollm.generation import generate
 from solollm.hardware import read_machine
-from solollm.horizon import Shape, seconds_per_step
+from solollm.horizon import Shape, plain_steps, seconds_per_step
 from solollm.quickstart_move import RoundTrip, move_and_back
 from solollm.quickstart_tuning import Tuned, tune
 from solollm.registry import Selected, select_backend
@@ -174,7 +174,7 @@ def _size(
     batch = stream.batch(0)
     probe = _shape(from_depth(4, tokenizer.padded_vocab_size))
     plain = RunConfig.model_validate({"data": {"corpus": str(corpus), "seq_len": _SEQ_LEN}})
-    per_step = seconds_per_step(probe, plain, selected.backend, lambda rows, length: batch)
+    per_step = seconds_per_step(probe, plain, selected.backend, plain_steps(batch))
     rate = probe.flops_per_step / per_step
     narrator.say(
         f"{rate / 1e9:.0f} GFLOP/s in training, {batch.labels.size / per_step:,.0f} tokens/s"

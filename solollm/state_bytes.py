@@ -10,7 +10,8 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 
-from solollm.architecture import ModelConfig, ParameterSpec, parameter_table
+from solollm.adapters import AdapterOptions, trained_table
+from solollm.architecture import ModelConfig, ParameterSpec
 from solollm.config import OptimizerTable
 from solollm.optim_codec import StateDType, num_blocks, state_dtype
 
@@ -23,14 +24,20 @@ def weight_bytes(model: ModelConfig, item_bytes: int = 4) -> int:
     return item_bytes * model.num_parameters()
 
 
-def optimizer_bytes(model: ModelConfig, table: OptimizerTable) -> int:
+def optimizer_bytes(
+    model: ModelConfig, table: OptimizerTable, adapter: AdapterOptions | None = None
+) -> int:
     """The moments of AdamW or Muon, as the optimizer holds them and as a checkpoint stores them."""
-    return sum(_state_bytes(spec, table) for spec in parameter_table(model))
+    return sum(_state_bytes(spec, table) for spec in trained_table(model, adapter))
 
 
-def checkpoint_bytes(model: ModelConfig, table: OptimizerTable, *, item_bytes: int = 4) -> int:
-    """One checkpoint's size on the disk, to within its small files."""
-    return weight_bytes(model, item_bytes) + optimizer_bytes(model, table) + _CHECKPOINT_EXTRAS
+def checkpoint_bytes(
+    model: ModelConfig, table: OptimizerTable, adapter: AdapterOptions | None = None
+) -> int:
+    """One checkpoint's size on the disk, to within its small files: fp32 masters and moments of
+    what is trained."""
+    weights = 4 * sum(math.prod(spec.shape) for spec in trained_table(model, adapter))
+    return weights + optimizer_bytes(model, table, adapter) + _CHECKPOINT_EXTRAS
 
 
 def _state_bytes(spec: ParameterSpec, table: OptimizerTable) -> int:

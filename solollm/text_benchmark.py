@@ -138,8 +138,9 @@ def bench_text(
             backend.train_session(model, SessionOptions(TABLE), plan), rows, seq_len
         )
     }
-    for name in backend.peers() if stacks is None else stacks:
-        makers[name] = partial(backend.peer, name, model, TABLE, 0)
+    installed = [name for name, lacks in backend.peers().items() if not lacks]
+    for name in installed if stacks is None else stacks:
+        makers[name] = partial(backend.peer, name, model, TABLE, seed=0)
 
     def read(stack: Peer, part: Sequence[np.ndarray]) -> float:
         return statistics.fmean(stack.read(part, batch_size, LR))

@@ -2,6 +2,7 @@
 
     python3 tools/bench.py                    all parts, about fifteen minutes on two cores
     python3 tools/bench.py train              beside transformers and litgpt, in one process
+    python3 tools/bench.py ways               our own ways to hold a model: time, memory, copies
     python3 tools/bench.py recipe             held-out bits per byte in 90 and 180 seconds
     python3 tools/bench.py tokenizer decode   against `tokenizers`; against transformers' generate
 
@@ -28,6 +29,18 @@ RESULTS = ROOT / "docs" / "results"
 PEERS = ("litgpt==0.5.13", "lightning==2.6.*", "lightning-utilities", "torchmetrics")
 PARTS: dict[str, list[str]] = {
     "train": ["-m", "solollm", "bench", "train", "--rounds", "5", "--json"],
+    "ways": [
+        "-m",
+        "solollm",
+        "bench",
+        "train",
+        "--alone",
+        "--recompute",
+        "--way=resident",
+        "--way=streaming",
+        "--way=FSDP2 offload",
+        "--json",
+    ],
     "recipe": [
         "tools/bench_recipe.py",
         "--seconds",

@@ -26,12 +26,12 @@ LAYERS = (
     "tensorheader tensorfile adapted backend rounding sampling engine_input tokenizer_format"
     " tokenizer fast_encoding tokenizer_training chat_template preference",
     "data schedule manifest certificate frozen_base bases checkpoint checkpoint_writer model_folder"
-    " runlock runs run_log bundle archive planner registry forecast calibration reality generation"
-    " tokenizer_inspection watch faults dtype_choice",
+    " runlock runs run_log bundle archive planner registry drawing forecast calibration reality"
+    " generation tokenizer_inspection watch faults dtype_choice",
     "evaluation report held_out broken_steps continuation completion dialogue",
     "workload trainer",
-    "lifeline ranks pretraining finetune planning environments horizon starting_weights run_streams"
-    " run_paths",
+    "lifeline ranks pretraining rehearsal finetune planning environments horizon"
+    " starting_weights run_streams run_paths",
     "export importing serving guard cargo packing far_side pushing testing resume_proof"
     " migration_proof supervisor story quickstart_move quickstart_tuning quickstart doctor"
     " benchmark text_benchmark",

@@ -82,7 +82,7 @@ def _memory(shape: Shape, _: argparse.Namespace) -> dict[str, float]:
     from solollm_torch.backend import TorchBackend
     from solollm_torch.session import TorchSession  # noqa: F401  (the baseline holds the framework)
 
-    from solollm.planning import synthetic_batch
+    from solollm.calibration import synthetic_batch
 
     model, options, plan = _pieces(shape)
     backend = TorchBackend()
@@ -107,8 +107,7 @@ def _memory(shape: Shape, _: argparse.Namespace) -> dict[str, float]:
 def _time(shape: Shape, arguments: argparse.Namespace) -> dict[str, float]:
     from solollm_torch.backend import TorchBackend
 
-    from solollm.calibration import calibrate
-    from solollm.planning import synthetic_batch
+    from solollm.calibration import calibrate, synthetic_batch
 
     model, options, plan = _pieces(shape)
     backend = TorchBackend()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import platform
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import replace
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
@@ -19,6 +19,7 @@ from solollm.backend import (
     ComputeDType,
     Engine,
     EngineOptions,
+    MatmulRate,
     MemoryCosts,
     MemoryStats,
     Peer,
@@ -86,6 +87,23 @@ class MlxBackend(Backend):
 
         return memory_costs(model, options, compute_dtype)
 
+    def rollout_bytes(
+        self,
+        model: ModelConfig,
+        options: SessionOptions,
+        compute_dtype: ComputeDType,
+        *,
+        sequences: int,
+        length: int,
+        device: str = "",
+    ) -> Mapping[str, int]:
+        from solollm_mlx.memory_rollouts import rollout_bytes
+
+        return rollout_bytes(
+            model, options, compute_dtype, sequences=sequences, length=length,
+            on_cpu=device == "cpu" or (not device and not _on_gpu()),
+        )  # fmt: skip
+
     def train_session(self, model: ModelConfig, options: SessionOptions, plan: Plan) -> MlxSession:
         from solollm_mlx.adapter_session import AdapterSession
         from solollm_mlx.limits import bind_memory, device_limits, require_buffers
@@ -104,24 +122,33 @@ class MlxBackend(Backend):
 
         return MlxRanks()
 
-    def peers(self) -> Sequence[str]:
-        from solollm_mlx.peers import installed_peers
+    def peers(self) -> Mapping[str, str]:
+        from solollm_mlx.peers import known_peers
 
-        return installed_peers()
+        return known_peers()
 
-    def peer(self, name: str, model: ModelConfig, table: OptimizerTable, seed: int) -> Peer:
+    def peer(
+        self,
+        name: str,
+        model: ModelConfig,
+        table: OptimizerTable,
+        *,
+        seed: int,
+        compute_dtype: ComputeDType = "float32",
+    ) -> Peer:
         from solollm_mlx.peers import NAME, TrainerPeer
+        from solollm_mlx.session import DTYPES
 
-        return (
-            TrainerPeer(model, table, seed)
-            if name == NAME
-            else super().peer(name, model, table, seed)
-        )
+        if name != NAME:
+            return super().peer(name, model, table, seed=seed, compute_dtype=compute_dtype)
+        return TrainerPeer(model, table, seed, DTYPES[compute_dtype])
 
-    def gemm_flops_per_cpu_second(self, model: ModelConfig, num_tokens: int) -> float:
-        from solollm_mlx.peers import gemm_flops_per_cpu_second
+    def matmul_rate(
+        self, model: ModelConfig, num_tokens: int, compute_dtype: ComputeDType = "float32"
+    ) -> MatmulRate:
+        from solollm_mlx.rates import matmul_rate
 
-        return gemm_flops_per_cpu_second(model, num_tokens)
+        return matmul_rate(model, num_tokens, compute_dtype)
 
     def memory(self, *, restart_peak: bool = False) -> MemoryStats:
         import mlx.core as mx
@@ -136,7 +163,7 @@ class MlxBackend(Backend):
         return matmul_rates(self.capabilities().train_dtypes, seconds) if _on_gpu() else {}
 
     def copy_bytes_per_second(self) -> float:
-        from solollm_mlx.bandwidth import copy_bytes_per_second
+        from solollm_mlx.rates import copy_bytes_per_second
 
         return copy_bytes_per_second()
 

@@ -21,6 +21,7 @@ from solollm.tensorfile import open_weights
 from solollm_mlx import mlx_lm_adapter as mlx_lm
 from solollm_mlx.adapter import lora_of, read_base
 from solollm_mlx.decoding import MlxDecoder
+from solollm_mlx.memory_rollouts import PREFILL_TOKENS
 from solollm_mlx.mlx_lm_adapter import Lora
 from solollm_mlx.quant import BITS
 
@@ -49,7 +50,7 @@ class MlxEngine(Engine):
         self.model = model
         self.options = complete_options(options, model, known=_OPTIONS)
         given, dtype = options.backend_options, _dtype(options)
-        self._prefill_tokens = max(1, int(given.get("prefill_tokens", 2048)))
+        self._prefill_tokens = max(1, int(given.get("prefill_tokens", PREFILL_TOKENS)))
         arrays = {n: w if w.dtype == mx.uint32 else w.astype(dtype) for n, w in weights.items()}
         base = mlx_lm.build_model(model, arrays)
         bits = int(given.get("quantize_bits", 0))

@@ -10,10 +10,8 @@ are all one), and one padding id per row counts as a target. Nothing here is use
 
 from __future__ import annotations
 
-import math
 import tempfile
 import threading
-import time
 from collections.abc import Iterator, Sequence
 from importlib.util import find_spec
 from pathlib import Path
@@ -22,7 +20,7 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
-from solollm.architecture import ModelConfig, initial_parameters, parameter_table
+from solollm.architecture import ModelConfig, initial_parameters
 from solollm.backend import Batch, Peer
 from solollm.config import OptimizerTable
 
@@ -30,9 +28,9 @@ NAME = "mlx-lm trainer"
 LONGEST = 2048  # its default `max_seq_length`
 
 
-def installed_peers() -> list[str]:
-    """Names of the stacks that can be timed here."""
-    return [NAME] if find_spec("mlx_lm") else []
+def known_peers() -> dict[str, str]:
+    """See `Backend.peers`."""
+    return {NAME: "" if find_spec("mlx_lm") else "mlx_lm"}
 
 
 class TrainerPeer(Peer):
@@ -42,8 +40,11 @@ class TrainerPeer(Peer):
     asks for its next documents; a step has ended when it asks again.
     """
 
-    def __init__(self, model: ModelConfig, table: OptimizerTable, seed: int) -> None:
-        self._model, self._table, self._seed = model, table, seed
+    def __init__(
+        self, model: ModelConfig, table: OptimizerTable, seed: int, dtype: mx.Dtype = mx.float32
+    ) -> None:
+        """`dtype`: of its weights, in which it then computes."""
+        self._model, self._table, self._seed, self._dtype = model, table, seed, dtype
         self._documents: list[dict[str, Any]] = []
         self._batch_size, self._longest = 1, LONGEST
         self._wanted, self._ended = threading.Semaphore(0), threading.Semaphore(0)
@@ -96,7 +97,8 @@ class TrainerPeer(Peer):
 
         from solollm_mlx.mlx_lm_adapter import build_model
 
-        weights = {n: mx.array(a) for n, a in initial_parameters(self._model, self._seed)}
+        initial = initial_parameters(self._model, self._seed)
+        weights = {name: mx.array(array).astype(self._dtype) for name, array in initial}
         module = build_model(self._model, weights)
         table = self._table
         self._optimizer = optimizers.AdamW(
@@ -158,19 +160,3 @@ class _Encoded:
 
     def process(self, document: dict[str, Any]) -> tuple[list[int], int]:
         return document["ids"], 0
-
-
-def gemm_flops_per_cpu_second(model: ModelConfig, num_tokens: int, seconds: float = 1.0) -> float:
-    """This process's fp32 matrix-multiply rate now, at the shape of the model's largest layer, per
-    CPU-second: the ceiling of a training step. 0 on a GPU, which a CPU's clock does not time."""
-    if mx.default_device().type == mx.DeviceType.gpu:
-        return 0.0
-    shape = max((s.shape for s in parameter_table(model) if s.group == "matrix"), key=math.prod)
-    left, right = mx.random.normal((num_tokens, shape[1])), mx.random.normal(shape)
-    mx.eval(left, right, left @ right.T)
-    count, wall, cpu = 0, time.monotonic(), time.process_time()
-    while time.monotonic() - wall < seconds:
-        mx.eval(left @ right.T)
-        count += 1
-    spent = time.process_time() - cpu
-    return 2.0 * num_tokens * math.prod(shape) * count / spent

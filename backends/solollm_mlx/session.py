@@ -27,6 +27,7 @@ from solollm.architecture import ModelConfig, initial_parameters
 from solollm.backend import (
     IGNORED,
     Batch,
+    Copies,
     Engine,
     EngineOptions,
     MemoryStats,
@@ -319,6 +320,9 @@ class MlxSession(TrainSession):
 
     def release_cache(self) -> None:
         mx.clear_cache()
+
+    def copies(self) -> Copies:
+        return Copies(0, 0)  # one memory for processor and GPU
 
     def memory(self) -> MemoryStats:
         return MemoryStats(mx.get_active_memory(), mx.get_peak_memory())

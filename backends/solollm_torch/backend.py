@@ -17,7 +17,9 @@ from solollm.backend import (
     ComputeDType,
     Engine,
     EngineOptions,
+    MatmulRate,
     MemoryCosts,
+    MemoryStats,
     Peer,
     Plan,
     Probe,
@@ -123,9 +125,30 @@ class TorchBackend(Backend):
         moved = memory_offload.sharded_traffic_bytes(model) if on_host else {}
         return replace(costs, traffic_bytes=moved)
 
-    def ways(self, device: str = "") -> Sequence[Way]:
+    def rollout_bytes(
+        self,
+        model: ModelConfig,
+        options: SessionOptions,
+        compute_dtype: ComputeDType,
+        *,
+        sequences: int,
+        length: int,
+        device: str = "",
+    ) -> Mapping[str, int]:
+        import torch
+
+        from solollm_torch.memory_rollouts import rollout_bytes
+
+        return rollout_bytes(
+            model, options, compute_dtype, sequences=sequences, length=length,
+            device=torch.device(device) if device else _device(),
+        )  # fmt: skip
+
+    def ways(self, device: str = "", *, adapter: bool = False) -> Sequence[Way]:
         from solollm_torch.launcher import launched
 
+        if adapter:  # which is refused in every other way
+            return (Way("resident"),)
         if not (device or _device().type).startswith("cuda"):
             return (Way("resident"),)
         return SHARDED_WAYS if launched() and not device else CUDA_WAYS
@@ -177,23 +200,47 @@ class TorchBackend(Backend):
 
         return TorchRanks(_device())
 
-    def peers(self) -> Sequence[str]:
-        from solollm_torch.peers import installed_peers
+    def peers(self) -> Mapping[str, str]:
+        from solollm_torch.peers import known_peers
 
-        return installed_peers()
+        return known_peers()
 
-    def peer(self, name: str, model: ModelConfig, table: OptimizerTable, seed: int) -> Peer:
+    def peer(
+        self,
+        name: str,
+        model: ModelConfig,
+        table: OptimizerTable,
+        *,
+        seed: int,
+        compute_dtype: ComputeDType = "float32",
+    ) -> Peer:
+        from solollm_torch.gradients import DTYPES
         from solollm_torch.peers import make_peer
 
-        return make_peer(name, model, table, seed)
+        return make_peer(
+            name, model, table, seed=seed, device=_device(), compute_dtype=DTYPES[compute_dtype]
+        )
 
-    def gemm_flops_per_cpu_second(self, model: ModelConfig, num_tokens: int) -> float:
-        from solollm_torch.peers import gemm_flops_per_cpu_second
+    def matmul_rate(
+        self, model: ModelConfig, num_tokens: int, compute_dtype: ComputeDType = "float32"
+    ) -> MatmulRate:
+        from solollm_torch.gradients import DTYPES
+        from solollm_torch.rates import matmul_rate
 
-        return gemm_flops_per_cpu_second(model, num_tokens)
+        return matmul_rate(model, num_tokens, device=_device(), dtype=DTYPES[compute_dtype])
+
+    def memory(self, *, restart_peak: bool = False) -> MemoryStats:
+        from solollm_torch import process
+
+        device = _device()
+        if not process.counts_peaks(device):
+            return MemoryStats(0, 0)
+        if restart_peak:
+            process.restart_peak(device)
+        return process.memory_stats(device)
 
     def copy_bytes_per_second(self) -> float:
-        from solollm_torch.bandwidth import copy_bytes_per_second
+        from solollm_torch.rates import copy_bytes_per_second
 
         return copy_bytes_per_second(_device())
 

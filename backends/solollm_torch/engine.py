@@ -55,8 +55,7 @@ class TorchEngine(Engine):
         self.options = complete_options(options, decoder.config, known=_OPTIONS)
         self.device = decoder.embed_tokens.device
         dtype = _DTYPES.get(self.options.compute_dtype, decoder.compute_dtype)
-        default_tokens = 512 if self.device.type == "cpu" else 2048
-        given = self.options.backend_options
+        given, default_tokens = self.options.backend_options, prefill_tokens(self.device)
         self.prefill_tokens = max(1, int(given.get("prefill_tokens", default_tokens)))
         self.prefix_slots = max(0, int(given.get("prefix_slots", 0)))
         can_pack = (
@@ -112,6 +111,11 @@ class TorchEngine(Engine):
             prefill_tokens=self.prefill_tokens,
             prefix_slots=self.prefix_slots,
         )
+
+
+def prefill_tokens(device: torch.device) -> int:
+    """Prompt tokens that are read per step, where nobody says otherwise."""
+    return 512 if device.type == "cpu" else 2048
 
 
 def _adapted(

@@ -14,6 +14,14 @@ from solollm.architecture import ModelConfig
 _FIRST_CAPACITY = 256
 
 
+def capacity_for(length: int, max_seq_len: int) -> int:
+    """Positions that a slot has once `length` of them were asked for."""
+    capacity = _FIRST_CAPACITY
+    while capacity < length:
+        capacity *= 2
+    return min(capacity, max_seq_len)
+
+
 class KVCache:
     """One tensor [L, slots, 2 K, S, D]: the K keys of a slot, then its K values.
 
@@ -22,7 +30,7 @@ class KVCache:
 
     def __init__(self, config: ModelConfig, slots: int, max_seq_len: int, like: Tensor) -> None:
         self.max_seq_len = max_seq_len
-        capacity = min(_FIRST_CAPACITY, max_seq_len)
+        capacity = capacity_for(1, max_seq_len)
         shape = (config.num_hidden_layers, slots, 2 * config.num_key_value_heads)
         # Zeros, not empty: masked positions are multiplied by zero, and zero times NaN is NaN.
         self.data = like.new_zeros((*shape, capacity, config.head_dim))
@@ -35,11 +43,9 @@ class KVCache:
         """Make room for `length` positions in every slot."""
         if length <= self.capacity:
             return
-        capacity = self.capacity
-        while capacity < length:
-            capacity *= 2
+        capacity = capacity_for(length, self.max_seq_len)
         layers, slots, heads, filled, dim = self.data.shape
-        grown = self.data.new_zeros(layers, slots, heads, min(capacity, self.max_seq_len), dim)
+        grown = self.data.new_zeros(layers, slots, heads, capacity, dim)
         grown[:, :, :, :filled] = self.data
         self.data = grown
 

@@ -29,6 +29,7 @@ from torch import Tensor, nn
 from solollm.architecture import ModelConfig
 from solollm.backend import (
     Batch,
+    Copies,
     Engine,
     EngineOptions,
     SessionOptions,
@@ -160,6 +161,13 @@ class StreamingSession(TorchSession):
     def compute_dtype(self) -> torch.dtype:
         """What the residual stream is held in."""
         return self._decoder.compute_dtype
+
+    def copies(self) -> Copies:
+        moved, seconds = self.traffic, self.lane_seconds()
+        return Copies(
+            moved.loaded, moved.stored,
+            seconds.get("load"), seconds.get("store"), seconds.get("stalled"),
+        )  # fmt: skip
 
     def lane_seconds(self) -> Mapping[str, float]:
         """Of the last train step: see `Lanes.seconds`."""

@@ -7,10 +7,8 @@ installed is offered. Nothing here is used in training.
 
 from __future__ import annotations
 
-import math
 import tempfile
 import threading
-import time
 from collections.abc import Iterator, Mapping
 from importlib.util import find_spec
 from typing import Any
@@ -20,30 +18,54 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from solollm.architecture import ModelConfig, initial_parameters, parameter_table
+from solollm.architecture import ModelConfig, initial_parameters
 from solollm.backend import Batch, Peer
 from solollm.config import OptimizerTable
+from solollm.errors import BackendError, nearest
+
+# Plain before compiled: name, and the packages that it needs.
+_PEERS = {
+    "transformers": ("transformers",),
+    "transformers+compile": ("transformers",),
+    "transformers Trainer": ("transformers", "accelerate"),
+    "litgpt": ("litgpt", "lightning"),
+    "litgpt+compile": ("litgpt", "lightning"),
+}
 
 
-def installed_peers() -> list[str]:
-    """Names of the stacks that can be timed here, plain before compiled."""
-    names = ["transformers", "transformers+compile"] if find_spec("transformers") else []
-    if find_spec("transformers") and find_spec("accelerate"):
-        names.append("transformers Trainer")
-    if find_spec("litgpt") and find_spec("lightning"):
-        names += ["litgpt", "litgpt+compile"]
-    return names
+def known_peers() -> dict[str, str]:
+    """See `Backend.peers`."""
+    return {
+        name: next((package for package in packages if find_spec(package) is None), "")
+        for name, packages in _PEERS.items()
+    }
 
 
-def make_peer(name: str, model: ModelConfig, table: OptimizerTable, seed: int) -> Peer:
+def make_peer(
+    name: str,
+    model: ModelConfig,
+    table: OptimizerTable,
+    *,
+    seed: int,
+    device: torch.device,
+    compute_dtype: torch.dtype,
+) -> Peer:
     """The stack of this name over the core's initial weights of `seed`."""
+    lacks = known_peers().get(name)
+    if lacks is None or lacks:
+        raise BackendError(
+            f"there is no training stack {name!r} here" if lacks is None
+            else f"{name} cannot be timed: {lacks} is not installed",
+            fix=nearest(name, _PEERS) if lacks is None else f"pip install {lacks}",
+        )  # fmt: skip
     if name == "transformers Trainer":
-        return _TrainerPeer(model, table, seed)
+        return _TrainerPeer(model, table, seed, compute_dtype)
     if name.startswith("transformers"):
         module, loss = _transformers_model(model, seed), _transformers_loss
     else:
         module, loss = _litgpt_model(model, seed), _litgpt_loss
-    return _LoopPeer(module, loss, table, compiled=name.endswith("+compile"))
+    compiled = name.endswith("+compile")
+    return _LoopPeer(module.to(device), loss, table, dtype=compute_dtype, compiled=compiled)
 
 
 def _transformers_model(model: ModelConfig, seed: int) -> nn.Module:
@@ -125,20 +147,27 @@ def _adamw(module: nn.Module, table: OptimizerTable, lr: float) -> torch.optim.A
 
 
 class _LoopPeer(Peer):
-    """A plain training loop around a module."""
+    """A plain training loop around a module of fp32 weights, under autocast where it computes in
+    another dtype."""
 
     def __init__(
-        self, module: nn.Module, loss: Any, table: OptimizerTable, *, compiled: bool
-    ) -> None:  # loss: (module, input_ids, labels) -> scalar Tensor
+        self, module: nn.Module, loss: Any, table: OptimizerTable, *, dtype: torch.dtype,
+        compiled: bool,
+    ) -> None:  # fmt: skip  # loss: (module, input_ids, labels) -> scalar Tensor
         self._run = torch.compile(module) if compiled else module
         self._loss, self._module, self._clip = loss, module, table.clip_norm
         self._optimizer = _adamw(module, table, 1e-3)
+        self._device = next(module.parameters()).device
+        self._autocast = torch.autocast(
+            self._device.type, dtype=dtype, enabled=dtype != torch.float32
+        )
 
     def step(self, batch: Batch, lr: float) -> float:
         for group in self._optimizer.param_groups:
             group["lr"] = lr
-        input_ids, labels = _tensors(batch)
-        loss = self._loss(self._run, input_ids, labels)
+        input_ids, labels = (ids.to(self._device) for ids in _tensors(batch))
+        with self._autocast:
+            loss = self._loss(self._run, input_ids, labels)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(self._module.parameters(), self._clip)
         self._optimizer.step()
@@ -156,7 +185,9 @@ class _TrainerPeer(Peer):
     step is wanted, and the step has ended when it asks again.
     """
 
-    def __init__(self, model: ModelConfig, table: OptimizerTable, seed: int) -> None:
+    def __init__(
+        self, model: ModelConfig, table: OptimizerTable, seed: int, dtype: torch.dtype
+    ) -> None:
         import transformers
         from transformers import Trainer, TrainingArguments
 
@@ -173,7 +204,7 @@ class _TrainerPeer(Peer):
             output_dir=self._folder.name, max_steps=10**9, per_device_train_batch_size=1,
             max_grad_norm=table.clip_norm, report_to=[], save_strategy="no",
             logging_strategy="no", disable_tqdm=True, use_cpu=not torch.cuda.is_available(),
-            dataloader_pin_memory=False,
+            dataloader_pin_memory=False, bf16=dtype == torch.bfloat16,
         )  # fmt: skip
         constant = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda _: 1.0)
         losses = self._losses
@@ -250,18 +281,3 @@ def _tensors(batch: Batch) -> tuple[Tensor, Tensor]:
         torch.from_numpy(batch.input_ids.astype(np.int64)),
         torch.from_numpy(batch.labels.astype(np.int64)),
     )
-
-
-def gemm_flops_per_cpu_second(model: ModelConfig, num_tokens: int, seconds: float = 1.0) -> float:
-    """This process's fp32 matrix-multiply rate now, at the shape of the model's largest layer, per
-    CPU-second: the ceiling of a training step."""
-    shape = max((s.shape for s in parameter_table(model) if s.group == "matrix"), key=math.prod)
-    left, right = torch.randn(num_tokens, shape[1]), torch.randn(shape[1], shape[0])
-    out = torch.empty(num_tokens, shape[0])
-    torch.mm(left, right, out=out)
-    count, wall, cpu = 0, time.monotonic(), time.process_time()
-    while time.monotonic() - wall < seconds:
-        torch.mm(left, right, out=out)
-        count += 1
-    spent = time.process_time() - cpu
-    return 2.0 * num_tokens * math.prod(shape) * count / spent

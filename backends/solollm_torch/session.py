@@ -13,19 +13,17 @@ Shapes: B rows of the global batch, M of a micro-batch, T positions, C hidden si
 from __future__ import annotations
 
 import math
-import resource
-import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, ClassVar
 
 import numpy as np
-import psutil
 import torch
 from torch import Tensor
 
 from solollm.architecture import ModelConfig, initial_parameters, parameter_table
 from solollm.backend import (
     Batch,
+    Copies,
     Engine,
     EngineOptions,
     MemoryStats,
@@ -58,7 +56,7 @@ from solollm_torch.model import Block, Decoder
 from solollm_torch.ops import linear
 from solollm_torch.optim import Optimizer
 from solollm_torch.preference import Preference
-from solollm_torch.process import set_up_process
+from solollm_torch.process import memory_stats, set_up_process
 from solollm_torch.state import TorchSnapshot, load_parameters, load_states
 from solollm_torch.state_specs import zero_states
 from solollm_torch.switches import SWITCHES, Switches
@@ -370,12 +368,10 @@ class TorchSession(TrainSession):
         return {"updates": self._updates, "lagged_norm": self._lagged_norm}
 
     def memory(self) -> MemoryStats:
-        if self._device.type == "cuda":
-            allocated, peak = torch.cuda.memory_allocated, torch.cuda.max_memory_allocated
-            return MemoryStats(allocated(self._device), peak(self._device))
-        unit = 1 if sys.platform == "darwin" else 1024  # of ru_maxrss
-        peak_bytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
-        return MemoryStats(psutil.Process().memory_info().rss, peak_bytes)
+        return memory_stats(self._device)
+
+    def copies(self) -> Copies | None:
+        return Copies(0, 0)  # everything lies on the device
 
     def close(self) -> None:
         self.settle()

@@ -26,6 +26,7 @@ from solollm.architecture import initial_parameters
 from solollm.backend import (
     IGNORED,
     Batch,
+    Copies,
     Engine,
     EngineOptions,
     SessionOptions,
@@ -227,6 +228,9 @@ class ShardedSession(TorchSession):
                 yield batch, slice(start, min(start + size, last))
             else:
                 yield blank, slice(0, together)
+
+    def copies(self) -> Copies | None:
+        return None  # FSDP2 makes them, and counts none
 
     def engine(self, options: EngineOptions) -> Engine:
         """Over a copy of all weights, on every rank."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 import click
 from rich.table import Table
@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     import numpy as np
 
     from solollm.architecture import ModelConfig
+    from solollm.backend import ComputeDType
     from solollm.benchmark import TrainBenchmark
     from solollm.text_benchmark import TextBenchmark
 
@@ -34,6 +35,10 @@ def command() -> None:
 @click.option("--batch-size", type=click.IntRange(min=1), default=8, show_default=True)
 @click.option("--seq-len", type=click.IntRange(min=2), default=256, show_default=True)
 @click.option("--depth", type=int, default=None, help="The dial's model instead of the 17M one.")
+@click.option("--dtype", type=click.Choice(["auto", "float32", "bfloat16", "float16"]),
+              default="float32", show_default=True, help="Of the arithmetic.")  # fmt: skip
+@click.option("--way", "ways", multiple=True, help="To hold our model, as `solollm plan` lists it.")
+@click.option("--recompute", is_flag=True, help="Our blocks computed again in the backward pass.")
 @click.option("--stack", "stacks", multiple=True, help="Only these peers. Default: all installed.")
 @click.option(
     "--text", default="", help="Documents of their own lengths: a .jsonl or text file, or `stdlib`."
@@ -42,22 +47,29 @@ def command() -> None:
 @click.option("--alone", is_flag=True, help="No peers.")
 @click.option("--json", "as_json", is_flag=True, help="One JSON document on standard output.")
 def train(
-    backend: str, rounds: int, batch_size: int, seq_len: int, depth: int | None,
-    stacks: tuple[str, ...], text: str, longest: int, alone: bool, as_json: bool,
+    backend: str, rounds: int, batch_size: int, seq_len: int, depth: int | None, dtype: str,
+    ways: tuple[str, ...], recompute: bool, stacks: tuple[str, ...], text: str, longest: int,
+    alone: bool, as_json: bool,
 ) -> None:  # fmt: skip
-    """Training speed against the matrix-multiply rate and the peers installed here.
+    """Training speed, memory and copies, beside what this machine can and the peers here.
+
+    Speed as a share of the matrix-multiply rate of the same minutes and of the datasheet's peak;
+    with several --way all of them in turn, the bytes that each copies per step, and how far the
+    copies run beside the computation. What a processor cannot say is left out.
 
     \b
     Example:
       solollm bench train
       solollm bench train --depth 6 --alone
+      solollm bench train --alone --way resident --way streaming --recompute
       solollm bench train --backend mlx --text train.jsonl --batch-size 4
 
     With --text every stack reads the same documents: a peer in batches of its own making of
     --batch-size documents, ours packed into full rows. Useful tokens and peak memory are compared.
     """
-    from solollm.benchmark import DEFAULT_MODEL, bench_train
+    from solollm.benchmark import DEFAULT_MODEL, RESIDENT, Work, bench_train, ways_by_name
     from solollm.dial import from_depth
+    from solollm.dtype_choice import preferred_dtype
     from solollm.registry import select_backend
     from solollm.text_benchmark import bench_text
 
@@ -77,10 +89,12 @@ def train(
         else:
             _show_text(read)
         return
+    compute = preferred_dtype(chosen.capabilities()) if dtype == "auto" else dtype
+    work = Work(model, batch_size, seq_len, cast("ComputeDType", compute), recompute)
     with terminal.status("starting") as status:
         measured = bench_train(
-            chosen, model=model, batch_size=batch_size, seq_len=seq_len,
-            rounds=rounds, stacks=wanted, tell=status.update,
+            chosen, work, rounds=rounds, stacks=wanted, tell=status.update,
+            ways=ways_by_name(chosen, ways) or (RESIDENT,),
         )  # fmt: skip
     if as_json:
         print_json(measured.to_json())
@@ -181,22 +195,62 @@ def serve(
 
 
 def _show(measured: TrainBenchmark) -> None:
-    table = Table(box=None, pad_edge=False)
-    for name in ("stack", "tokens/CPU-s", "tokens/s", "of GEMM", "ours / it", "loss", "peak MB"):
-        table.add_column(name, justify="left" if name == "stack" else "right")
-    for stack in measured.stacks:
-        ours = stack is measured.stacks[0]
-        table.add_row(
-            stack.name, f"{stack.tokens_per_cpu_second:,.0f}", f"{stack.tokens_per_second:,.0f}",
-            f"{stack.share_of_gemm:.0%}", "" if ours else f"{measured.ratio(stack.name):.2f}x",
-            "equal" if stack.is_same else f"differs {stack.loss_deviation:.1e}",
-            f"{stack.peak_bytes / 1e6:,.0f}" if stack.peak_bytes else "",
-        )  # fmt: skip
-    terminal = console()
+    from solollm.benchmark import is_cpu
+
+    on_cpu, terminal, work = is_cpu(measured.device), console(), measured.work
     versions = ", ".join(f"{name} {value}" for name, value in measured.versions.items())
     terminal.print(
         f"{measured.backend} on {measured.device}, {measured.threads} threads, {versions}; batch"
-        f" {measured.batch_size} x {measured.seq_len}, fp32, AdamW, median of {measured.rounds};"
-        f" GEMM {measured.gemm_flops_per_cpu_second / 1e9:.0f} GFLOP per CPU-second"
+        f" {work.batch_size} x {work.seq_len}, {work.compute_dtype}, AdamW, median of"
+        f" {measured.rounds}; GEMM {measured.ceilings.gemm_flops / 1e9:,.0f} GFLOP per"
+        f" {'CPU-second' if on_cpu else 'second'}; datasheet:"
+        f" {measured.ceilings.datasheet or 'none for this device and dtype'}"
     )
+    speed = "tokens/CPU-s" if on_cpu else "of peak"
+    table = _table("stack", speed, "tokens/s", "GEMM", "ours/it", "loss", "peak MB")
+    for stack in measured.stacks:
+        first = (
+            f"{stack.tokens_per_cpu_second:,.0f}" if on_cpu else _share(stack.share_of_datasheet)
+        )
+        table.add_row(
+            stack.name, first, f"{stack.tokens_per_second:,.0f}", _share(stack.share_of_gemm),
+            "" if stack is measured.stacks[0] else f"{measured.ratio(stack.name):.2f}x",
+            "equal" if stack.is_same else f"{stack.loss_deviation:+.0e}",
+            f"{stack.peak_bytes / 1e6:,.0f}" if stack.peak_bytes else "",
+        )  # fmt: skip
     terminal.print(table)
+    if any(stack.planned_copied_bytes for stack in measured.stacks):
+        terminal.print(_copies(measured))
+    lacking = [f"{name} (lacks {lacks})" for name, lacks in measured.peers.items() if lacks]
+    installed = [name for name, lacks in measured.peers.items() if not lacks]
+    spared = [name for name in installed if name not in measured.timed_peers]
+    for title, names in (("installed, not timed", spared), ("not installed", lacking)):
+        if names:
+            terminal.print(f"{title}: {', '.join(names)}", style="dim")
+
+
+def _copies(measured: TrainBenchmark) -> Table:
+    """What our stacks copy per step, counted and planned."""
+    table = _table("copies per step", "MB up", "planned", "MB down", "overlap")
+    for stack in measured.stacks:
+        if stack.planned_copied_bytes is None:
+            continue
+        up = down = "not counted"
+        if stack.copies is not None:
+            up, down = (
+                f"{n / 1e6:,.1f}" for n in (stack.copies.loaded_bytes, stack.copies.stored_bytes)
+            )
+        planned = f"{stack.planned_copied_bytes / 1e6:,.1f}"
+        table.add_row(stack.name, up, planned, down, _share(stack.overlap))
+    return table
+
+
+def _table(*columns: str) -> Table:
+    table = Table(box=None, pad_edge=False)
+    for name in columns:
+        table.add_column(name, justify="left" if name is columns[0] else "right")
+    return table
+
+
+def _share(value: float | None) -> str:
+    return "" if value is None else f"{value:.0%}"

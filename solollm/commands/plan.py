@@ -131,11 +131,21 @@ def plain_values(made: TrainingPlan) -> Mapping[str, object]:
         "kilowatt_hours": made.forecast.kilowatt_hours,
         "money": made.forecast.money,
         "price_per_kwh": made.price_per_kwh,
+        "drawing_seconds": made.forecast.drawing_seconds,
+        "reference_seconds": made.forecast.reference_seconds,
+        "token_milliseconds": _token_milliseconds(made),
         "rate_source": made.forecast.rate_source,
         "is_measured": made.forecast.is_measured,
         "calibrated_cpu_seconds": made.calibration.step_cpu_seconds if made.calibration else None,
         "options": [vars(option) for option in made.options],
     }
+
+
+def _token_milliseconds(made: TrainingPlan) -> float:
+    """The least that generating takes there for one sequence, with weights of 16 bits."""
+    from solollm.drawing import token_seconds
+
+    return 1e3 * token_seconds(made.shape.model, made.device, item_bytes=2.0)
 
 
 def _vocab_size(config: RunConfig) -> int:
@@ -206,6 +216,10 @@ def _time(made: TrainingPlan) -> Table:
     if told.copy_seconds:
         busy = f"computing {told.compute_seconds:.3g} s, copying {told.copy_seconds:.3g} s"
         rows.add_row("", busy)
+    if told.drawing_seconds:
+        rows.add_row("", f"of it drawing answers, at most {told.drawing_seconds:.3g} s")
+    if told.reference_seconds:
+        rows.add_row("", f"of it the reference {told.reference_seconds:.3g} s")
     rows.add_row("in all", duration_text(told.seconds))
     rows.add_row(
         "energy",
@@ -214,6 +228,9 @@ def _time(made: TrainingPlan) -> Table:
     )
     kind = "measured" if told.is_measured else "projection"
     rows.add_row("from", f"{kind}: {told.rate_source}")
+    rows.add_row(
+        "answers", f"{_token_milliseconds(made):.3g} ms per token at the least, in 16 bits"
+    )  # fmt: skip
     if made.calibration is not None:
         rows.add_row("", f"{made.calibration.step_cpu_seconds:.3g} processor seconds per step")
     return rows

@@ -7,10 +7,17 @@ from pathlib import Path
 import pytest
 
 from solollm.backend import Plan, SessionOptions
-from solollm.calibration import Calibration, Parts, Rates, Variant, calibrate, solve
+from solollm.calibration import (
+    Calibration,
+    Parts,
+    Rates,
+    Variant,
+    calibrate,
+    solve,
+    synthetic_batch,
+)
 from solollm.config import OptimizerTable
 from solollm.dial import from_depth
-from solollm.planning import synthetic_batch
 from solollm.testing.toy import ToyBackend
 
 TRUE = Parts(update=0.3, update_layer=0.05, micro_batch=0.2, micro_batch_layer=0.4)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 import pytest
@@ -29,14 +29,14 @@ from solollm.testing.toy import ToyBackend
 VOCAB = 2048
 
 
-def no_batch(rows: int, seq_len: int) -> Batch:
+def no_steps(*_: object) -> NoReturn:
     raise AssertionError("nothing has to be measured")
 
 
 def resolved(raw: dict[str, Any]) -> RunConfig:
     config = parse_config(raw)
     shape = resolve_shape(config, resolve_model(config.model, VOCAB))
-    return resolve(config, shape, None, no_batch)  # type: ignore[arg-type]  # never asked
+    return resolve(config, shape, None, no_steps)  # type: ignore[arg-type]  # never asked
 
 
 def test_the_dial_fills_in_everything() -> None:
@@ -56,7 +56,7 @@ def test_the_dial_fills_in_everything() -> None:
 def test_a_resolved_config_stays_as_it_is() -> None:
     """Guards against a resume that plans another run than the one it goes on with."""
     config = resolved({"model": {"preset": "15m"}, "train": {"tokens": 10**7}})
-    again = resolve(config, Shape.of(config), None, no_batch)  # type: ignore[arg-type]
+    again = resolve(config, Shape.of(config), None, no_steps)  # type: ignore[arg-type]
     assert again == config
 
 
@@ -116,7 +116,7 @@ def test_hours_alone_choose_the_deepest_model_that_gets_its_tokens(
     monkeypatch.setattr(horizon, "seconds_per_step", measured)
     monkeypatch.setattr(horizon, "plan_of", lambda *arguments: None)
     config = parse_config({"train": {"hours": 8.0}})
-    shape = deepest_shape(config, VOCAB, None, no_batch)  # type: ignore[arg-type]
+    shape = deepest_shape(config, VOCAB, None, no_steps)  # type: ignore[arg-type]
     budget = 8 * 3600 * 0.95 * speed
     assert shape.flops_per_step * shape.dial_steps <= budget
     deeper = resolve_shape(config, from_depth(shape.model.num_hidden_layers + 1, VOCAB))
@@ -133,7 +133,7 @@ def test_hours_alone_stay_within_memory(monkeypatch: pytest.MonkeyPatch) -> None
     monkeypatch.setattr(horizon, "plan_of", fits)
     monkeypatch.setattr(horizon, "seconds_per_step", lambda *arguments: 1e-6)
     config = parse_config({"train": {"hours": 8.0}})
-    shape = deepest_shape(config, VOCAB, None, no_batch)  # type: ignore[arg-type]
+    shape = deepest_shape(config, VOCAB, None, no_steps)  # type: ignore[arg-type]
     assert shape.model.num_hidden_layers == 5
 
 
@@ -144,11 +144,10 @@ def test_seconds_per_step_are_those_of_real_steps(monkeypatch: pytest.MonkeyPatc
     config = parse_config({"model": {"depth": 1}, "data": {"seq_len": 16}})
     shape = resolve_shape(config, resolve_model(config.model, 64))
 
-    def batch(rows: int, seq_len: int) -> Batch:
-        ids = np.zeros((rows, seq_len), np.int32)
-        return Batch(input_ids=ids, labels=ids, denominator=float(ids.size))
-
-    seconds = horizon.seconds_per_step(shape, config, torch_backend.TorchBackend(), batch)
+    ids = np.zeros((shape.batch_size, 16), np.int32)
+    batch = Batch(input_ids=ids, labels=ids, denominator=float(ids.size))
+    backend, steps = torch_backend.TorchBackend(), horizon.plain_steps(batch)
+    seconds = horizon.seconds_per_step(shape, config, backend, steps)
     assert 0 < seconds < 60
 
 

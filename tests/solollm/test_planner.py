@@ -161,6 +161,42 @@ def test_memory_limit_follows_the_device() -> None:
     assert memory_limit_bytes("cpu", machine) == int(0.8 * (50 << 30))
 
 
+class _Drawing(_Costs):
+    """The same, whose engine takes 10 MiB per sequence at once."""
+
+    def rollout_bytes(self, *_: Any, sequences: int, **__: Any) -> dict[str, int]:
+        return {"keys and values": 10 * MIB * sequences}
+
+
+def _grpo(free_bytes: float, **grpo: Any) -> Plan:
+    config = parse_config({"finetune": {"objective": "grpo", "grpo": grpo}})
+    return plan(
+        MODEL, SessionOptions(OptimizerTable()), config, _Drawing(), batch_size=64, seq_len=256,
+        machine=_machine(free_bytes),
+    )  # fmt: skip
+
+
+def test_answers_count_for_what_they_take_beyond_a_step() -> None:
+    """A GRPO run that fits while it trains and dies while it draws; or one charged for both, which
+    are never there together."""
+    whole = FIXED + 8 * 256 * MIB
+    made = _grpo(whole, rollout_batch_size=32)
+    assert made.micro_batch_size == 8
+    assert "drawing answers" not in made.memory_bytes, (
+        "8 rows of a step are 2048 MiB, 32 answers 320"
+    )
+    tight = _grpo(FIXED + 400 * MIB, rollout_batch_size=32)
+    assert tight.memory_bytes["drawing answers"] == 320 * MIB - (256 + 8) * MIB
+    assert sum(tight.memory_bytes.values()) == FIXED - 8 * MIB + 320 * MIB
+
+
+def test_fewer_answers_at_once_are_offered_first() -> None:
+    """A user told to quantise his optimizer, where drawing in turns costs nothing learnt."""
+    with pytest.raises(PlanError) as caught:
+        _grpo(FIXED + 300 * MIB, rollout_batch_size=64, group_size=8)
+    assert "finetune.grpo.rollout_batch_size=16" in caught.value.fix
+
+
 def test_format_bytes() -> None:
     """Units off by 1024, or digits lost."""
     sizes = [0, 1023, 1536, 5 << 30, 3 << 50]

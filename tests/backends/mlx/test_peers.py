@@ -11,7 +11,8 @@ from solollm_mlx.backend import MlxBackend
 from solollm_mlx.peers import NAME
 
 from solollm.architecture import ModelConfig
-from solollm.benchmark import TABLE, bench_train
+from solollm.backend import Copies
+from solollm.benchmark import TABLE, Work, bench_train
 from solollm.text_benchmark import ROUND_BATCHES, bench_text
 
 
@@ -23,16 +24,18 @@ def small(tiny_config: ModelConfig) -> ModelConfig:
 def test_the_trainer_takes_our_step(small: ModelConfig) -> None:
     """Guards a comparison of two different computations: other weights, frozen tensors, an AdamW
     without bias correction, or a row that it pads."""
-    measured = bench_train(MlxBackend(), model=small, batch_size=4, seq_len=48, rounds=3)
+    measured = bench_train(MlxBackend(), Work(small, 4, 48), rounds=3)
     ours, theirs = measured.stacks
     assert (theirs.name, theirs.is_same) == (NAME, True)
     assert theirs.losses[-1] != theirs.losses[0], "it trains nothing"
     assert min(ours.peak_bytes, theirs.peak_bytes) > 12 * small.num_parameters()
+    assert ours.share_of_gemm is not None
+    assert (ours.copies, ours.overlap, theirs.copies) == (Copies(0, 0), None, None)
 
 
 def test_the_trainer_reads_documents_in_its_own_batches(small: ModelConfig) -> None:
     """Guards the handing over: every document once, one loss per batch, padding as it does it."""
-    peer = MlxBackend().peer(NAME, small, TABLE, 0)
+    peer = MlxBackend().peer(NAME, small, TABLE, seed=0)
     try:
         documents = [np.arange(5 + 3 * n, dtype=np.int32) for n in range(9)]
         assert len(peer.read(documents, 3, 1e-3)) == 3

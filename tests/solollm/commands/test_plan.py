@@ -10,7 +10,7 @@ import pytest
 from click.testing import CliRunner
 
 from solollm.commands.plan import command
-from solollm.errors import PlanError
+from solollm.errors import ConfigError, PlanError
 
 GIB = 2**30
 
@@ -111,3 +111,44 @@ def test_a_7b_fits_24_gb_with_64_beside_it_and_is_told_what_32_need() -> None:
               "backend_options.torch.master=bfloat16")  # fmt: skip
     smaller = _json("--preset", "7b", "--device", "rtx-4090", "--host-memory", "32", *agreed)
     assert sum(smaller["host_bytes"].values()) <= 28 * GIB
+
+
+_TUNING = ("--preset", "1.3b", "--device", "rtx-4090", "--tokens", "1e7",
+           "--set", "optimizer.name=adamw", "--set", "data.seq_len=512",
+           "--set", "train.batch_size=64")  # fmt: skip
+
+
+def test_an_adapter_is_planned_as_what_it_is() -> None:
+    """A LoRA run planned with a whole model's checkpoints, or in a way that its session refuses."""
+    made = _json(*_TUNING, "--set", "finetune.method=lora")
+    assert {option["name"] for option in made["options"]} == {"resident", "resident, 8-bit"}
+    assert made["checkpoint_bytes"] < 0.1 * _json(*_TUNING)["checkpoint_bytes"]
+    full = _json(*_TUNING, "--set", "finetune.method=full")
+    assert made["tokens_per_second"] > 1.3 * full["tokens_per_second"]
+
+
+def test_answers_that_are_drawn_take_time_and_memory() -> None:
+    """GRPO planned like supervised tuning: a night for what takes a week."""
+    lora = (*_TUNING, "--set", "finetune.method=lora")
+    plain = _json(*lora)
+    drawing = _json(*lora, "--set", "finetune.objective=grpo", "--set", "train.micro_batch_size=1")
+    assert drawing["drawing_seconds"] > 0
+    assert drawing["step_seconds"] > plain["step_seconds"] + 0.9 * drawing["drawing_seconds"]
+    assert drawing["device_bytes"]["drawing answers"] > 0
+    code, text = _run(*lora, "--set", "finetune.objective=grpo")
+    assert code == 0
+    assert "drawing answers" in text
+
+
+def test_a_fine_tuning_must_say_how_long_it_is() -> None:
+    """Pretraining's horizon planned for three epochs over a thousand rows."""
+    with pytest.raises(ConfigError, match="how long"):
+        _json(*_TUNING[:4], "--set", "finetune.method=lora")
+
+
+def test_a_calibration_of_dpo_over_a_base_takes_its_steps() -> None:
+    """A measurement that fails for want of a reference, or of a base."""
+    asked = ("--depth", "2", "--set", "model.max_position_embeddings=64", "--tokens", "1e5",
+             "--set", "train.batch_size=2", "--set", "backend=torch", "--set",
+             "optimizer.name=adamw", "--set", "finetune.objective=dpo")  # fmt: skip
+    assert _json(*asked, "--calibrate", "4")["is_measured"]

@@ -13,15 +13,17 @@ from typing import Any
 import numpy as np
 import pytest
 
+from solollm import horizon
 from solollm.architecture import ModelConfig
 from solollm.backend import IGNORED
 from solollm.checkpoint import latest_checkpoint
 from solollm.config import GrpoTable, RunConfig
 from solollm.errors import ConfigError, IntegrityError, StoppedBySignal
 from solollm.finetune.rewards import Answered, Scorer, exact, final_answer, gsm8k
-from solollm.finetune.rollouts import group_advantages, laid_out, request_seed
+from solollm.finetune.rollouts import Rollouts, group_advantages, laid_out, request_seed
 from solollm.finetune.tuning import finetune, finetune_config, prepare_tuning
-from solollm.pretraining import resume
+from solollm.horizon import updated
+from solollm.pretraining import prepare, resume
 from solollm.registry import find_backends
 from solollm.run_log import Row, Sink
 from solollm.runs import Run
@@ -185,6 +187,33 @@ def test_a_stopped_grpo_draws_the_same_answers(
     drawn = [[row["reward"] for row in trained(tmp_path / n)] for n in ("straight", "stopped")]
     assert drawn[0] == drawn[1]
     assert len(drawn[0]) == 5
+
+
+@pytest.mark.parametrize("objective", ["dpo", "dpo with an adapter", "grpo"])
+def test_hours_become_steps_of_the_objective(
+    dpo: MakeConfig, grpo: MakeConfig, tmp_path: Path, objective: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    """Guards `train.hours`: steps that are timed without reference, base or answers."""
+    session_type = pytest.importorskip("solollm_torch.session").TorchSession
+    monkeypatch.setattr(horizon, "_PROBE_SECONDS", 0.0)
+    watched = (Rollouts, "batch") if objective == "grpo" else (session_type, "token_logprobs")
+    really, calls = getattr(*watched), []
+
+    def counted(*arguments: Any, **options: Any) -> Any:
+        calls.append(arguments)
+        return really(*arguments, **options)
+
+    monkeypatch.setattr(*watched, counted)
+    method = "lora" if objective == "dpo with an adapter" else "full"
+    make = grpo if objective == "grpo" else dpo
+    tuned = prepare_tuning(make("train.hours=0.0005", f"finetune.method={method}"))
+    tuned.samples.save(tmp_path / "data")
+    config = updated(tuned.config, "data", corpus=str(tmp_path / "data"))
+    steps = prepare(config, backend="torch").config.train.steps
+    assert steps is not None
+    assert 1 <= steps < 1800, "a processor takes no step in a millisecond"
+    assert len(calls) == 4, "one step to warm up, three to be timed"
 
 
 def test_groups_that_do_not_fit_are_refused(grpo: MakeConfig, dpo: MakeConfig) -> None:
