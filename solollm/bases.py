@@ -44,12 +44,17 @@ def find_base(checkpoint: Path, given: Path | None = None) -> Path:
             why="an adapter is only what was learnt beside it",
             fix="put it back where the run's run.toml says, or say where it is: --base FOLDER",
         )
-    weights = open_weights(base)
+    require_base(base, record.content)
+    return base
+
+
+def require_base(folder: Path, content: str) -> None:
+    """Raise IntegrityError unless `folder` holds the model of that content; one pass over it."""
+    weights = open_weights(folder)
     try:
-        BaseSource(weights).require(record.content, str(base))
+        BaseSource(weights).require(content, str(folder))
     finally:
         weights.close()
-    return base
 
 
 def _of_run(checkpoint: Path) -> Path | None:

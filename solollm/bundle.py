@@ -5,10 +5,13 @@ everything else expects it:
 
     runs/<run>/run.toml plan.json lineage.json metrics.jsonl events.jsonl
     runs/<run>/checkpoints/step-00001000/...
+    runs/<run>/data/samples.json ...          of a fine-tuning
     corpora/<corpus>/index.json train/... validation/... tokenizer/... report.json
+    models/<name>-<content>/config.json ...   the base of an adapter
 
-`run.toml` finds its corpus from there by a relative path. No path is absolute, none leads out, and
-whatever is not of this shape is refused. How files travel: `solollm.archive`, `solollm.pushing`.
+`run.toml` finds its corpus and its base from there by relative paths. No path is absolute, none
+leads out, and whatever is not of this shape is refused. How files travel: `solollm.archive`,
+`solollm.pushing`.
 """
 
 from __future__ import annotations
@@ -22,6 +25,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from solollm.certificate import Digest
 from solollm.manifest import refuse_newer
+from solollm.model_folder import CONFIG
 from solollm.strictfile import encode_json, parse_json, refused
 from solollm.tensorfile import is_flat_name
 
@@ -46,13 +50,15 @@ class FileRecord(_Value):
 
 class Bundle(_Value):
     """`bundle.json`. `step` is the checkpoint a resume goes on from; `corpora`: name to fingerprint
-    of every corpus the run reads, whether it is in the bundle or not; `digest` seals the rest."""
+    of every corpus the run reads, whether it is in the bundle or not; `models`: the same of the
+    base of an adapter, by its content; `digest` seals the rest."""
 
     format: Literal["solollm-bundle"] = "solollm-bundle"
     format_version: Literal[1] = 1
     run: str
     step: Annotated[int, Field(ge=0, le=2**53)]
     corpora: Mapping[str, str]
+    models: Mapping[str, Digest] = {}
     files: Mapping[str, FileRecord]
     digest: str = ""
 
@@ -67,6 +73,9 @@ class Bundle(_Value):
     def holds_corpus(self, name: str) -> bool:
         return f"corpora/{name}/index.json" in self.files
 
+    def holds_model(self, name: str) -> bool:
+        return f"models/{name}/{CONFIG}" in self.files
+
 
 def seal(bundle: Bundle) -> Bundle:
     """The bundle with its digest."""
@@ -74,8 +83,12 @@ def seal(bundle: Bundle) -> Bundle:
 
 
 def encode(bundle: Bundle) -> bytes:
-    """The bytes of `bundle.json`."""
-    return encode_json(bundle.model_dump(mode="json"))
+    """The bytes of `bundle.json`. Where there is no base nothing is said of models, as it was
+    before adapters could travel."""
+    table = bundle.model_dump(mode="json")
+    if not bundle.models:
+        del table["models"]
+    return encode_json(table)
 
 
 def parse(content: bytes, place: Path) -> Bundle:
@@ -111,19 +124,20 @@ def _digest(bundle: Bundle) -> str:
 
 def _check_names(bundle: Bundle, place: Path) -> None:
     """Raise IntegrityError unless every name stays where it belongs, on every file system."""
-    for name in (bundle.run, *bundle.corpora):
+    for name in (bundle.run, *bundle.corpora, *bundle.models):
         if not is_movable(name):
             raise refused(place, f"name {name[:80]!r}", "is no plain folder name")
     if len(bundle.files) > _MAX_FILES:
         raise refused(place, "files", f"more than {_MAX_FILES}")
     folders = {("runs", bundle.run), *(("corpora", name) for name in bundle.corpora)}
+    folders |= {("models", name) for name in bundle.models}
     seen: set[str] = set()
     for path in bundle.files:
         parts = path.split("/")
         if not all(is_flat_name(part) and not part.startswith(".") for part in parts):
             raise refused(place, f"path {path[:120]!r}", "leads out of its folder")
         if (*parts[:2],) not in folders or not 3 <= len(parts) <= _MAX_DEPTH:
-            raise refused(place, f"path {path[:120]!r}", "is outside the run and its corpora")
+            raise refused(place, f"path {path[:120]!r}", "is outside the run and what it needs")
         if path.lower() in seen:  # macOS takes two spellings for one file
             raise refused(place, f"path {path[:120]!r}", "stands twice")
         seen.add(path.lower())

@@ -7,12 +7,15 @@ Before a run leaves, the certificate of its checkpoint is made to say what comes
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import re
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 from solollm.archive import Source, hash_source
+from solollm.bases import require_base
 from solollm.bundle import RUN_FILES, Bundle, is_movable, seal
 from solollm.certificate import Certificate
 from solollm.checkpoint import (
@@ -35,12 +38,18 @@ from solollm.data.shards import (
 )
 from solollm.environments import Recorded, environment_of, lineage_entry
 from solollm.errors import ConfigError, IntegrityError
+from solollm.finetune.objectives import give_references
+from solollm.finetune.samples import sample_files
 from solollm.horizon import updated
 from solollm.manifest import MANIFEST, read_manifest
+from solollm.model_folder import model_files
 from solollm.pretraining import open_session, prepare
 from solollm.run_paths import with_paths_to
 from solollm.run_streams import open_streams
 from solollm.runs import Run
+
+_ODD = re.compile(r"[^A-Za-z0-9_.-]+")
+_PLAIN_LENGTH = 60  # of a base's own name, so that with its content it can travel
 
 
 @dataclass(frozen=True)
@@ -54,22 +63,25 @@ class Cargo:
     skipped: tuple[str, ...] = ()
 
 
+class Base(NamedTuple):
+    """The base of an adapter: the folder's name where it lands, where it is now, its content."""
+
+    name: str
+    folder: Path
+    content: str
+
+
 @contextmanager
 def gathered(
-    run: Path, *, with_corpus: bool = True, step: int | None = None, backend: str = "auto"
-) -> Iterator[Cargo]:
+    run: Path, *, with_corpus: bool = True, with_base: bool = True, step: int | None = None,
+    backend: str = "auto",
+) -> Iterator[Cargo]:  # fmt: skip
     """A run's files as they travel, its lock held; see `pack` for arguments and errors."""
     opened = Run.open(run)
-    if opened.config.finetune is not None:
-        raise ConfigError(
-            f"{run} is a fine-tuning, which cannot be packed or pushed yet",
-            why="its samples and its base would have to come along",
-            fix="copy the project folder as a whole (the run, and the base it names), or export it",
-        )
     with opened.lock():
         checkpoint = promised_checkpoint(opened, step=step, backend=backend)
         with closing(checkpoint):
-            yield _cargo(opened, checkpoint, with_corpus=with_corpus)
+            yield _cargo(opened, checkpoint, with_corpus=with_corpus, with_base=with_base)
 
 
 def promised_checkpoint(run: Run, *, step: int | None = None, backend: str = "auto") -> Checkpoint:
@@ -83,6 +95,7 @@ def promised_checkpoint(run: Run, *, step: int | None = None, backend: str = "au
     shape = prepared.shape
     streams = open_streams(prepared.config, batch_size=shape.batch_size, seq_len=shape.seq_len)
     with closing(open_session(prepared, streams, checkpoint).session) as session:
+        give_references(prepared.config, streams, session, at_start=False)
         ahead = look_ahead(session, streams.train, checkpoint.step)
         environment = environment_of(prepared.backend, prepared.plan, session)
         if recorded.changes(environment):
@@ -110,16 +123,21 @@ def _chosen(run: Run, step: int | None) -> Checkpoint:
     )
 
 
-def _cargo(run: Run, checkpoint: Checkpoint, *, with_corpus: bool) -> Cargo:
+def _cargo(run: Run, checkpoint: Checkpoint, *, with_corpus: bool, with_base: bool) -> Cargo:
     name = run.path.resolve().name
     config = with_paths_to(run.config, run.path)
-    corpora = _corpora(config)
+    corpora, base = _corpora(config), _base(config, checkpoint)
     _require_movable(name, *corpora)
     sources: dict[str, Source] = {}
     for corpus, path in corpora.items() if with_corpus else ():
         verify_corpus(path)
-        for file in _files_of(path):
-            sources[f"corpora/{corpus}/{file.relative_to(path).as_posix()}"] = file
+        sources |= _placed(f"corpora/{corpus}", path, _files_of(path))
+    if base is not None and with_base:
+        require_base(base.folder, base.content)
+        sources |= _placed(f"models/{base.name}", base.folder, model_files(base.folder))
+    if config.finetune is not None:
+        samples = Path(config.data.corpus)
+        sources |= _placed(f"runs/{name}/data", samples, sample_files(samples))
     place = f"runs/{name}"
     skipped = []
     for step in _steps_to_take(run, checkpoint):
@@ -132,13 +150,14 @@ def _cargo(run: Run, checkpoint: Checkpoint, *, with_corpus: bool) -> Cargo:
         sources |= {f"{place}/checkpoints/{folder.name}/{path.name}": path for path in files}
     for file_name in RUN_FILES:
         if file_name == "run.toml":
-            sources[f"{place}/{file_name}"] = dump_config(_for_the_road(config)).encode()
+            sources[f"{place}/{file_name}"] = dump_config(_for_the_road(config, base)).encode()
         elif (run.path / file_name).exists():
             sources[f"{place}/{file_name}"] = run.path / file_name
     bundle = Bundle(
         run=name,
         step=checkpoint.step,
         corpora={corpus: read_index(path).fingerprint for corpus, path in corpora.items()},
+        models={base.name: base.content} if base is not None else {},
         files={path: hash_source(source) for path, source in sources.items()},
     )
     return Cargo(seal(bundle), sources, checkpoint.certificate, tuple(skipped))
@@ -163,7 +182,10 @@ def _steps_to_take(run: Run, checkpoint: Checkpoint) -> list[int]:
 
 
 def _corpora(config: RunConfig) -> dict[str, Path]:
-    """Name to folder of what the run reads; a second corpus of the same name gets another."""
+    """Name to folder of what the run reads; a second corpus of the same name gets another. The
+    samples of a fine-tuning are the run's own."""
+    if config.finetune is not None:
+        return {}
     first, decay = Path(config.data.corpus), config.data.decay_corpus
     corpora = {first.name: first}
     if decay and Path(decay) != first:
@@ -172,11 +194,31 @@ def _corpora(config: RunConfig) -> dict[str, Path]:
     return corpora
 
 
-def _for_the_road(config: RunConfig) -> RunConfig:
-    """The config with its paths as they are in a bundle. Starting weights stay behind: a run that
-    has a checkpoint never reads them again."""
+def _base(config: RunConfig, checkpoint: Checkpoint) -> Base | None:
+    """The base of an adapter's run. Its name says its content, so that no two are ever taken for
+    one another."""
+    if checkpoint.adapter is None:
+        return None
+    folder, content = Path(config.train.init_from), checkpoint.adapter.base.content
+    plain = folder.name
+    if folder.parent.name == "checkpoints":
+        plain = f"{folder.parent.parent.name}-{folder.name}"
+    plain = _ODD.sub("-", plain).strip("-.")[:_PLAIN_LENGTH] or "base"
+    return Base(f"{plain}-{content[:12]}", folder, content)
+
+
+def _placed(place: str, folder: Path, files: Iterable[Path]) -> dict[str, Path]:
+    """Files of a folder by where they land."""
+    return {f"{place}/{file.relative_to(folder).as_posix()}": file for file in files}
+
+
+def _for_the_road(config: RunConfig, base: Base | None) -> RunConfig:
+    """The config with its paths as they are in a bundle. Starting weights stay behind, but for an
+    adapter's base: a run that has a checkpoint never reads them again."""
     places = {str(path): f"../../corpora/{name}" for name, path in _corpora(config).items()}
-    config = updated(config, "train", init_from="")
+    if config.finetune is not None:
+        places[config.data.corpus] = "data"
+    config = updated(config, "train", init_from=f"../../models/{base.name}" if base else "")
     return updated(
         config,
         "data",

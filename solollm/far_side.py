@@ -28,6 +28,7 @@ class Request:
     def __init__(self, fields: dict[str, Any]) -> None:
         self.files: dict[str, dict[str, Any]] = fields["files"]  # path: bytes, sha256
         self.corpora: dict[str, str] = fields["corpora"]  # name: fingerprint
+        self.models: list[str] = fields["models"]  # their names say their content
         self.born: str = fields["born"]
         self.step: int = fields["step"]
         self.name: str = fields["run"]
@@ -35,7 +36,12 @@ class Request:
         self.folder = Path(fields["folder"]).expanduser().resolve()
         self.staging = self.folder / (".push-" + self.name)
         self.run = self.folder / "runs" / self.name
-        self.present: tuple[str, ...] | None = None  # see `corpora_here`
+        self.present: tuple[str, ...] | None = None  # see `whole_here`
+
+    @property
+    def beside(self) -> list[str]:
+        """The folders that the run needs beside its own."""
+        return [*("corpora/" + n for n in self.corpora), *("models/" + n for n in self.models)]
 
 
 def main(fields: dict[str, Any]) -> None:
@@ -51,7 +57,7 @@ def receive(request: Request) -> dict[str, Any]:
     problem = why_not(request)
     if problem:
         return {"problem": problem}
-    present = corpora_here(request)
+    present = whole_here(request)
     request.staging.mkdir(parents=True, exist_ok=True)
     forget_strangers(request)
     missing = []
@@ -76,7 +82,7 @@ def finish(request: Request) -> dict[str, Any]:
     """Prove every file that arrived, then give them their final names; `wrong` paths are deleted
     and must be sent again."""
     forget_strangers(request)
-    present = corpora_here(request)
+    present = whole_here(request)
     expected = [path for path in request.files if not path.startswith(present)]
     wrong = [path for path in expected if not is_right(request, path, request.staging / path)]
     for path in wrong:
@@ -87,21 +93,23 @@ def finish(request: Request) -> dict[str, Any]:
     if problem:
         return {"problem": problem}
     flush(request.staging)
-    for name in request.corpora:
-        if (request.staging / "corpora" / name).is_dir():
-            give_name(request.staging / "corpora" / name, request.folder / "corpora" / name)
+    for place in request.beside:
+        if (request.staging / place).is_dir():
+            give_name(request.staging / place, request.folder / place)
     place_run(request, request.staging / "runs" / request.name)
     shutil.rmtree(request.staging)
     return {"wrong": []}
 
 
 def place_run(request: Request, arrived: Path) -> None:
-    """A new run gets its name whole; one that is here gets new checkpoints, then new files."""
+    """A new run gets its name whole; one that is here gets new checkpoints and samples, then new
+    files."""
     if not request.run.exists():
         give_name(arrived, request.run)
         return
-    for folder in sorted((arrived / "checkpoints").iterdir()):
-        place = request.run / "checkpoints" / folder.name
+    samples = [arrived / "data"] if (arrived / "data").is_dir() else []
+    for folder in [*samples, *sorted((arrived / "checkpoints").iterdir())]:
+        place = request.run / folder.relative_to(arrived)
         aside = place.with_name(".old-" + os.urandom(4).hex() + "-" + folder.name)
         if place.exists():
             place.rename(aside)  # a crash here is mended by the next resume
@@ -122,10 +130,10 @@ def why_not(request: Request) -> str:
             found = index.get("fingerprint") if isinstance(index, dict) else None
             if found != fingerprint:
                 return f"{place} is another corpus (fingerprint {found}, the run's {fingerprint})"
-            if any(p.startswith(f"corpora/{name}/") for p in request.files) and (
-                f"corpora/{name}/" not in corpora_here(request)
-            ):
-                return f"{place} is damaged"
+    for name in request.beside:
+        is_sent = any(path.startswith(name + "/") for path in request.files)
+        if is_sent and (request.folder / name).exists() and name + "/" not in whole_here(request):
+            return f"{request.folder / name} is damaged"
     if not request.run.exists():
         return ""
     if is_locked(request.run / "lock"):
@@ -140,15 +148,15 @@ def why_not(request: Request) -> str:
     return ""
 
 
-def corpora_here(request: Request) -> tuple[str, ...]:
-    """The path prefixes of corpora that are here whole, so that nothing of them is sent. Read
-    once: they may be large."""
+def whole_here(request: Request) -> tuple[str, ...]:
+    """The path prefixes of corpora and models that are here whole, so that nothing of them is sent.
+    Read once: they may be large."""
     if request.present is None:
         found = []
-        for name in request.corpora:
-            paths = [path for path in request.files if path.startswith(f"corpora/{name}/")]
+        for name in request.beside:
+            paths = [path for path in request.files if path.startswith(name + "/")]
             if paths and all(is_right(request, path, request.folder / path) for path in paths):
-                found.append(f"corpora/{name}/")
+                found.append(name + "/")
         request.present = tuple(found)
     return request.present
 

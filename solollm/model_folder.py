@@ -17,13 +17,24 @@ from solollm.backend import HostTensor
 from solollm.data.placement import swept
 from solollm.errors import ConfigError
 from solollm.strictfile import encode_json, parse_json, read_bytes, refused
-from solollm.tensorfile import FOR_TRANSFORMERS, INDEX, shard_index, split_shards, write_tensors
+from solollm.tensorfile import (
+    FOR_TRANSFORMERS,
+    INDEX,
+    open_weights,
+    shard_index,
+    split_shards,
+    write_tensors,
+)
 from solollm.tensorheader import Spec, spec_bytes
 
 SHARD_BYTES = 4_000_000_000
 CONFIG, GENERATION, ORIGIN = "config.json", "generation_config.json", "origin.json"
 TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 _HEADROOM = 1.1
+_BESIDE_WEIGHTS = (
+    CONFIG, GENERATION, ORIGIN, "tokenizer.json", "tokenizer_config.json",
+    "special_tokens_map.json", "chat_template.jinja",
+)  # fmt: skip
 
 
 def write_model_folder(
@@ -87,6 +98,15 @@ class Origin(NamedTuple):
     name: str
     revision: str
     weights: str
+
+
+def model_files(folder: Path) -> list[Path]:
+    """The files of a model folder that a model needs: no optimizer's, no logs, no proofs."""
+    names = [*_BESIDE_WEIGHTS, INDEX]
+    weights = open_weights(folder)
+    weights.close()
+    present = [folder / name for name in names if (folder / name).is_file()]
+    return sorted({*present, *(file.path for file in weights.files)})
 
 
 def read_origin(folder: Path) -> Origin | None:

@@ -13,6 +13,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from solollm.archive import ArchiveReader, write_archive
+from solollm.bases import require_base
 from solollm.bundle import Bundle
 from solollm.cargo import gathered
 from solollm.checkpoint import CERTIFICATE
@@ -25,19 +26,21 @@ from solollm.tensorfile import TensorFile
 
 @dataclass(frozen=True)
 class Packed:
-    """What `pack` wrote."""
+    """What `pack` wrote. `base`: that of an adapter, if it came along, else ""."""
 
     archive: Path
     archive_bytes: int
     step: int
     num_files: int
     corpora: tuple[str, ...]
+    base: str
     skipped: tuple[str, ...]
 
 
 @dataclass(frozen=True)
 class Unpacked:
-    """Where a run is now. `missing` names corpora that it reads and that are not here."""
+    """Where a run is now. `missing` names corpora that it reads, and a base that it is beside, that
+    are not here."""
 
     run: Path
     step: int
@@ -47,11 +50,12 @@ class Unpacked:
 
 
 def pack(
-    run: Path, archive: Path, *, with_corpus: bool = True, step: int | None = None,
-    backend: str = "auto",
+    run: Path, archive: Path, *, with_corpus: bool = True, with_base: bool = True,
+    step: int | None = None, backend: str = "auto",
 ) -> Packed:  # fmt: skip
     """Write a run into the new file `archive`: its newest intact checkpoint (or that of `step`),
-    the best one, logs and lineage, and the corpus it reads.
+    the best one, logs and lineage, and the corpus it reads; of a fine-tuning its samples, and the
+    base of an adapter.
 
     `backend` is what a session is opened on, if the checkpoint does not yet say what comes next.
 
@@ -64,24 +68,28 @@ def pack(
         raise ConfigError(
             f"{archive} exists", why="nothing is written over", fix="choose another name"
         )
-    with gathered(run, with_corpus=with_corpus, step=step, backend=backend) as cargo:
+    with gathered(
+        run, with_corpus=with_corpus, with_base=with_base, step=step, backend=backend
+    ) as cargo:
         size = write_archive(archive, cargo.bundle, cargo.sources)
     bundle = cargo.bundle
     held = tuple(name for name in bundle.corpora if bundle.holds_corpus(name))
     return Packed(
         archive=archive, archive_bytes=size, step=bundle.step, num_files=len(bundle.files),
-        corpora=held, skipped=cargo.skipped,
+        corpora=held, base=next(filter(bundle.holds_model, bundle.models), ""),
+        skipped=cargo.skipped,
     )  # fmt: skip
 
 
 def unpack(archive: Path, folder: Path) -> Unpacked:
-    """Put a packed run into the project folder `folder`: `runs/<run>` and `corpora/<corpus>`. Every
-    byte is proven before either appears. A corpus that is there already is used.
+    """Put a packed run into the project folder `folder`: `runs/<run>`, `corpora/<corpus>` and
+    `models/<base>`. Every byte is proven before any of them appears. A corpus or base that is there
+    already is used.
 
     Raises:
         IntegrityError: the archive is damaged or forged; names the file, and the tensor where it
             is one. Nothing was changed.
-        ConfigError: a run, or another corpus, of that name is there.
+        ConfigError: a run, or another corpus or base, of that name is there.
         StorageError: from the disk.
     """
     with ArchiveReader(archive) as reader, ExitStack() as stack:
@@ -93,14 +101,15 @@ def unpack(archive: Path, folder: Path) -> Unpacked:
                 why="nothing is written over",
                 fix="unpack into another folder, or move that run away",
             )
-        present = {name for name in bundle.corpora if _is_here(bundle, name, folder)}
-        coming = {name for name in bundle.corpora if bundle.holds_corpus(name)} - present
+        present = {f"corpora/{name}" for name in bundle.corpora if _is_here(bundle, name, folder)}
+        present |= {f"models/{n}" for n in bundle.models if _is_base_here(bundle, n, folder)}
+        held = {f"corpora/{name}" for name in bundle.corpora if bundle.holds_corpus(name)}
+        held |= {f"models/{name}" for name in bundle.models if bundle.holds_model(name)}
         make_directory(folder)
         require_space(folder, bundle.total_bytes)
-        # Left in reverse: the corpora get their names first, so that a run never lacks its own.
+        # Left in reverse: the run gets its name last, so that it never lacks what it needs.
         staged = {bundle.run_folder: stack.enter_context(staged_directory(final))}
-        for name in coming:
-            place = f"corpora/{name}"
+        for place in sorted(held - present):
             staged[place] = stack.enter_context(staged_directory(folder / place))
 
         def target(path: str) -> Path | None:
@@ -115,13 +124,14 @@ def unpack(archive: Path, folder: Path) -> Unpacked:
         damaged = reader.extract(target)
         if damaged:
             raise _first_damage(damaged, archive, target)
-        for name in coming:
-            _require_corpus(bundle, name, staged[f"corpora/{name}"])
+        for place, arrived in staged.items():
+            _require_promised(bundle, place, arrived)
     here = [folder / "corpora" / name for name in bundle.corpora]
+    needed = [*here, *(folder / "models" / name for name in bundle.models)]
     return Unpacked(
         run=final, step=bundle.step, num_files=len(bundle.files),
         corpora=tuple(place for place in here if place.exists()),
-        missing=tuple(place for place in here if not place.exists()),
+        missing=tuple(place for place in needed if not place.exists()),
     )  # fmt: skip
 
 
@@ -141,6 +151,30 @@ def _is_here(bundle: Bundle, name: str, folder: Path) -> bool:
     return True
 
 
+def _is_base_here(bundle: Bundle, name: str, folder: Path) -> bool:
+    """Whether that base is in the folder already. Raises ConfigError for another one."""
+    place = folder / "models" / name
+    if not place.exists():
+        return False
+    try:
+        require_base(place, bundle.models[name])
+    except IntegrityError as error:
+        raise ConfigError(
+            f"{place} is not the run's base", why=error.why or error.what,
+            fix="unpack into another folder, or move that model away",
+        ) from error  # fmt: skip
+    return True
+
+
+def _require_promised(bundle: Bundle, path: str, place: Path) -> None:
+    """Raise IntegrityError unless a corpus or base that arrived is the one that the run needs."""
+    kind, name = path.split("/")
+    if kind == "models":
+        require_base(place, bundle.models[name])
+    elif kind == "corpora":
+        _require_corpus(bundle, name, place)
+
+
 def _require_corpus(bundle: Bundle, name: str, place: Path) -> None:
     found = read_index(place).fingerprint
     if found != bundle.corpora[name]:
@@ -154,7 +188,9 @@ def _first_damage(
     """The error for the first damaged file, with the tensor where it is one."""
     name, error = next(iter(damaged.items()))
     place = target(name)
-    if place is None or not name.endswith(".safetensors"):
+    if place is None or not (place.parent / CERTIFICATE).is_file():
+        return error  # not of a checkpoint
+    if not name.endswith(".safetensors"):
         return error
     try:
         tensor = _damaged_tensor(place)

@@ -47,7 +47,7 @@ from solollm.rehearsal import rehearsal
 from solollm.report.html import write_report
 from solollm.report.sinks import open_sinks
 from solollm.run_log import Row, Sink
-from solollm.run_paths import with_paths_from, with_paths_to
+from solollm.run_paths import with_base, with_paths_from, with_paths_to
 from solollm.run_streams import RunStreams, open_streams
 from solollm.runs import Run
 from solollm.starting_weights import (
@@ -120,17 +120,18 @@ def pretrain(
 
 def resume(
     run: Path, *, backend: str = "auto", sinks: Sequence[Sink] = (), corpus: Path | None = None,
-    memory: Mapping[str, int | bool] | None = None, host: Host | None = None,
+    base: Path | None = None, memory: Mapping[str, int | bool] | None = None,
+    host: Host | None = None,
 ) -> TrainResult:  # fmt: skip
     """Go on from the newest intact checkpoint of `run`, or from the start if it has none yet.
 
     On the machine and backend that wrote the checkpoint the continuation is bitwise: micro-batch,
     dtype, threads and compile setting are kept; elsewhere they are planned anew for the same global
     batch. Either way what comes next is first compared with what the checkpoint's certificate
-    promises, where it does (`solollm.continuation`). `corpus` says where the corpus lies now; it
-    must be the same one; `memory` sets `micro_batch_size` or `activation_checkpointing` anew, for a
-    step that has become too large here. A finished run is left alone: `start_step` of the result is
-    then its last step.
+    promises, where it does (`solollm.continuation`). `corpus` and `base` say where the corpus and
+    an adapter's base lie now; they must be the same ones; `memory` sets `micro_batch_size` or
+    `activation_checkpointing` anew, for a step that has become too large here. A finished run is
+    left alone: `start_step` of the result is then its last step.
 
     Raises:
         IntegrityError: no checkpoint is intact, another corpus, or what comes next is not what
@@ -148,6 +149,7 @@ def resume(
             config = with_paths_to(opened.config, run)
             if corpus is not None:
                 config = updated(config, "data", corpus=str(corpus))
+            config = with_base(config, run, base)
             if checkpoint is not None and checkpoint.step >= (config.train.steps or 0):
                 return replace(TrainResult.read(opened, checkpoint), rank=ranks.rank)
             recorded = Recorded.of(opened, checkpoint) if checkpoint else None

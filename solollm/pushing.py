@@ -93,11 +93,13 @@ class Programs:
 
 
 def push(
-    run: Path, target: str, *, with_corpus: bool = True, backend: str = "auto",
-    programs: Programs | None = None, on_send: Callable[[str, int], None] = lambda name, size: None,
+    run: Path, target: str, *, with_corpus: bool = True, with_base: bool = True,
+    backend: str = "auto", programs: Programs | None = None,
+    on_send: Callable[[str, int], None] = lambda name, size: None,
 ) -> Pushed:  # fmt: skip
-    """Send a run to `user@host:folder`, where it lands as `folder/runs/<run>` and
-    `folder/corpora/<corpus>`; `on_send` hears of each directory and its bytes before it goes.
+    """Send a run to `user@host:folder`, where it lands as `folder/runs/<run>`,
+    `folder/corpora/<corpus>` and `folder/models/<base>`; `on_send` hears of each directory and its
+    bytes before it goes.
 
     Raises:
         Stopped: the connection broke; the same call goes on where this one ended.
@@ -108,7 +110,7 @@ def push(
     """
     programs, place = programs or Programs(), Target.parse(target)
     programs.require()
-    with gathered(run, with_corpus=with_corpus, backend=backend) as cargo:
+    with gathered(run, with_corpus=with_corpus, with_base=with_base, backend=backend) as cargo:
         request = _request(cargo, place.folder, Run.open(run).read_lineage())
         far = _FarSide(place.host, programs)
         answer = far.ask({**request, "do": "receive"}, is_first=True)
@@ -166,9 +168,9 @@ class _FarSide:
         staging: str,
         on_send: Callable[[str, int], None],
     ) -> None:
-        """Bring the missing files into the staging folder: each corpus, then the checkpoints, then
-        the few files of the run. What was there already looks the same to rsync, and is not sent
-        with the directory it is in."""
+        """Bring the missing files into the staging folder: what lies beside the run, then the
+        checkpoints and samples, then the few files of the run. What was there already looks the
+        same to rsync, and is not sent with the directory it is in."""
         if not _FOLDER.fullmatch(staging):
             raise ConfigError(
                 f"{staging!r} on {self._host} cannot be pushed to",
@@ -236,6 +238,7 @@ def _request(cargo: Cargo, folder: str, lineage: Sequence[Mapping[str, Any]]) ->
         "step": bundle.step,
         "born": lineage[0]["time"] if lineage else "",
         "corpora": dict(bundle.corpora),
+        "models": list(bundle.models),
         "files": {path: record.model_dump() for path, record in bundle.files.items()},
     }
 
@@ -264,7 +267,8 @@ def _checked_answer(answer: Mapping[str, Any], place: Target) -> list[str]:
 
 
 def _groups(paths: Sequence[str]) -> dict[str, list[str]]:
-    """The paths by the folder that one rsync fills: a corpus, a run's checkpoints, a run."""
+    """The paths by the folder that one rsync fills: a corpus, a model, a run's checkpoints or its
+    samples, a run."""
     groups: dict[str, list[str]] = {}
     for path in paths:
         parts = path.split("/")

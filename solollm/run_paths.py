@@ -10,7 +10,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 from solollm.config import RunConfig
-from solollm.horizon import updated
+from solollm.errors import ConfigError
+from solollm.horizon import trains_adapter, updated
 
 _PATHS = (("data", "corpus"), ("data", "decay_corpus"), ("train", "init_from"))
 
@@ -32,3 +33,18 @@ def _map_paths(config: RunConfig, change: Callable[[str], str]) -> RunConfig:
         if path:
             config = updated(config, table, **{name: change(path)})
     return config
+
+
+def with_base(config: RunConfig, run: Path, base: Path | None) -> RunConfig:
+    """The config with an adapter's base where it lies now. Raises ConfigError where there is
+    none."""
+    if not trains_adapter(config):
+        return config
+    place = base or Path(config.train.init_from)
+    if not (place / "config.json").is_file():
+        raise ConfigError(
+            f"the base of {run} is not at {place}",
+            why="an adapter is only what was learnt beside it",
+            fix="put it there, or say where it is: --base FOLDER",
+        )
+    return updated(config, "train", init_from=str(place))

@@ -23,6 +23,7 @@ Examples:
 @click.option(
     "--corpus", type=click.Path(path_type=Path), help="Where its corpus lies now, if it was moved."
 )
+@click.option("--base", type=click.Path(path_type=Path), help="Where an adapter's base lies now.")
 @click.option("--backend", default="auto", show_default=True, help="auto, or the name of one.")
 @click.option(
     "--micro-batch-size", type=click.IntRange(1), help="Rows at once from here on; same batch."
@@ -31,8 +32,9 @@ Examples:
 @supervised_option
 @click.option("--json", "as_json", is_flag=True, help="One line of JSON per row instead.")
 def command(
-    run: Path, corpus: Path | None, backend: str, micro_batch_size: int | None,
-    activation_checkpointing: bool, supervised: bool | None, as_json: bool,
+    run: Path, corpus: Path | None, base: Path | None, backend: str,
+    micro_batch_size: int | None, activation_checkpointing: bool, supervised: bool | None,
+    as_json: bool,
 ) -> None:  # fmt: skip
     """Continue an interrupted run from its newest intact checkpoint.
 
@@ -51,11 +53,13 @@ def command(
     if is_supervised(supervised):
         words = ["resume", str(run), "--backend", backend, *(["--json"] if as_json else [])]
         words += ["--corpus", str(corpus)] if corpus else []
+        words += ["--base", str(base)] if base else []
         supervise(run, [*words, *memory_flags(memory)], words)
         return
     result = resume(
-        run, backend=backend, sinks=[sink_for(as_json=as_json)], corpus=corpus, memory=memory
-    )
+        run, backend=backend, sinks=[sink_for(as_json=as_json)], corpus=corpus, base=base,
+        memory=memory,
+    )  # fmt: skip
     if result.rank > 0:
         return
     is_over = result.start_step == result.step

@@ -12,6 +12,7 @@ from solollm.commands import console, print_json
 from solollm.commands.pretrain import say
 
 if TYPE_CHECKING:
+    from solollm.packing import Packed
     from solollm.reality import Line
     from solollm.runs import Run, RunSummary, Stretch
 
@@ -122,6 +123,9 @@ Example:
 _WITHOUT_CORPUS = click.option(
     "--without-corpus", is_flag=True, help="Leave the corpus; the other machine has it."
 )
+_WITHOUT_BASE = click.option(
+    "--without-base", is_flag=True, help="Leave an adapter's base; the other machine has it."
+)
 _BACKEND = click.option(
     "--backend", default="auto", show_default=True,
     help="What computes the certificate's next losses, if they are not in it yet.",
@@ -132,13 +136,16 @@ _BACKEND = click.option(
 @_RUN
 @click.argument("archive", type=click.Path(path_type=Path))
 @_WITHOUT_CORPUS
+@_WITHOUT_BASE
 @click.option("--step", type=click.IntRange(0), help="This checkpoint instead of the newest.")
 @_BACKEND
 @_JSON
 def pack_command(
-    run: Path, archive: Path, without_corpus: bool, step: int | None, backend: str, as_json: bool
-) -> None:
-    """Write RUN into the one file ARCHIVE: its checkpoint, its history and its corpus.
+    run: Path, archive: Path, without_corpus: bool, without_base: bool, step: int | None,
+    backend: str, as_json: bool,
+) -> None:  # fmt: skip
+    """Write RUN into the one file ARCHIVE: its checkpoint, its history and its corpus; of a
+    fine-tuning its samples and an adapter's base.
 
     The checkpoint's certificate says what comes next; where the run goes on, that is computed
     again first.
@@ -146,14 +153,16 @@ def pack_command(
     from solollm.packing import pack
     from solollm.planner import format_bytes
 
-    packed = pack(run, archive, with_corpus=not without_corpus, step=step, backend=backend)
+    packed = pack(
+        run, archive, with_corpus=not without_corpus, with_base=not without_base, step=step,
+        backend=backend,
+    )  # fmt: skip
     if as_json:
         print_json(packed.__dict__)
         return
     for reason in packed.skipped:
         say(f"left behind: {reason}")
-    corpus = f"with {', '.join(packed.corpora)}" if packed.corpora else "without its corpus"
-    say(f"packed step {packed.step}, {corpus}: {packed.num_files} files,")
+    say(f"packed step {packed.step}, {_beside(run, packed)}: {packed.num_files} files,")
     say(f"  {format_bytes(packed.archive_bytes)} in {archive}")
     say(f"there: solollm runs unpack {archive.name} FOLDER")
 
@@ -163,7 +172,7 @@ def pack_command(
 @click.argument("folder", type=click.Path(path_type=Path))
 @_JSON
 def unpack_command(archive: Path, folder: Path, as_json: bool) -> None:
-    """Put a packed run into the project folder FOLDER: runs/NAME and corpora/NAME.
+    """Put a packed run into the project folder FOLDER: runs/NAME, corpora/NAME, models/NAME.
 
     Every byte is proven before anything appears there; a damaged archive ends with 3.
     """
@@ -174,8 +183,9 @@ def unpack_command(archive: Path, folder: Path, as_json: bool) -> None:
         print_json(unpacked.__dict__)
         return
     say(f"{unpacked.num_files} files, all of them proven")
-    for corpus in unpacked.missing:
-        say(f"its corpus is not here: put it at {corpus}, or resume with --corpus")
+    for place in unpacked.missing:
+        kind = "base" if place.parent.name == "models" else "corpus"
+        say(f"its {kind} is not here: put it at {place}, or resume with --{kind}")
     say(f"go on from step {unpacked.step}: solollm resume {unpacked.run}")
 
 
@@ -190,13 +200,16 @@ Examples:
 @_RUN
 @click.argument("target", metavar="USER@HOST:DIR")
 @_WITHOUT_CORPUS
+@_WITHOUT_BASE
 @_BACKEND
 @click.option("--ssh", default="ssh", show_default=True, help="The ssh command, with its options.")
 @_JSON
 def push_command(
-    run: Path, target: str, without_corpus: bool, backend: str, ssh: str, as_json: bool
-) -> None:
-    """Send RUN to another machine by rsync over ssh: DIR/runs/NAME and DIR/corpora/NAME there.
+    run: Path, target: str, without_corpus: bool, without_base: bool, backend: str, ssh: str,
+    as_json: bool,
+) -> None:  # fmt: skip
+    """Send RUN to another machine by rsync over ssh: DIR/runs/NAME, DIR/corpora/NAME and
+    DIR/models/NAME there.
 
     What is there already is not sent. If the connection breaks off this ends with 75; the same
     command goes on where it ended. Every byte is proven there before it gets its name. The other
@@ -212,7 +225,7 @@ def push_command(
             say(f"  {name}  {format_bytes(size)}")
 
     pushed = push(
-        run, target, with_corpus=not without_corpus, backend=backend,
+        run, target, with_corpus=not without_corpus, with_base=not without_base, backend=backend,
         programs=Programs(ssh=tuple(shlex.split(ssh))), on_send=tell,
     )  # fmt: skip
     if as_json:
@@ -223,6 +236,15 @@ def push_command(
     say(f"step {pushed.step} is on {pushed.host}, every byte proven: {pushed.sent_files} of")
     say(f"  {pushed.num_files} files were sent, {format_bytes(pushed.sent_bytes)}")
     say(f"there: solollm resume {pushed.run}")
+
+
+def _beside(run: Path, packed: Packed) -> str:
+    """What came along, in words."""
+    from solollm.runs import Run
+
+    if Run.open(run).config.finetune is None:
+        return f"with {', '.join(packed.corpora)}" if packed.corpora else "without its corpus"
+    return f"with its samples and {packed.base or 'no base'}"
 
 
 def _cells(summary: RunSummary) -> list[str]:

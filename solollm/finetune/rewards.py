@@ -8,11 +8,13 @@
 
 Patterns and functions run in a child process with a time limit each (`solollm.confined`): one that
 hangs costs its limit and gives 0. A function's file is only ever taken from the current folder by
-a plain name, never from a run: a run that came from elsewhere brings no code.
+a plain name, never from a run: a run that came from elsewhere brings no code. Its digest is kept
+in the run, so that a changed file is noticed when the run goes on.
 """
 
 from __future__ import annotations
 
+import hashlib
 import importlib.util
 import math
 import re
@@ -20,12 +22,15 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from solollm import durable
 from solollm.config import GrpoTable
 from solollm.confined import Confined, Refusal
 from solollm.errors import ConfigError, IntegrityError
+from solollm.strictfile import encode_json, parse_json, read_bytes
 
 BUILT_IN = ("gsm8k", "exact", "regex")
 _FUNCTION = re.compile(r"[A-Za-z_]\w*:[A-Za-z_]\w*")
+_RECORD = "reward.json"  # among a run's samples
 _NUMBER = re.compile(r"-?\d[\d,]*\.?\d*")
 
 
@@ -74,13 +79,7 @@ class Scorer:
         if table.reward == "regex":
             _compile(table.pattern, "")
         if table.reward not in BUILT_IN:
-            module = table.reward.partition(":")[0]
-            if not Path(f"{module}.py").is_file():
-                raise ConfigError(
-                    f"there is no {module}.py in the current folder",
-                    why=f"finetune.grpo.reward is {table.reward}",
-                    fix="start from the folder that holds it",
-                )
+            _file_of(table.reward)
         if table.reward not in ("gsm8k", "exact"):
             self._child = Confined(
                 "solollm.finetune.rewards:confined_reward", seconds=table.reward_seconds
@@ -119,6 +118,44 @@ class Scorer:
         except IntegrityError:  # too slow or too large: the child is gone, the next has a new one
             self.timeouts += 1
             return 0.0
+
+
+def require_same_reward(table: GrpoTable, samples: Path, *, may_write: bool) -> None:
+    """Keep the digest of the user's own reward file beside a run's samples when it begins, and
+    compare it whenever the run goes on: another reward would teach something else.
+
+    Raises:
+        ConfigError: no such file. IntegrityError: another content than the run began with.
+    """
+    if not _FUNCTION.fullmatch(table.reward):
+        return
+    file, kept = _file_of(table.reward), samples / _RECORD
+    digest = hashlib.sha256(read_bytes(file)).hexdigest()
+    if not kept.is_file():
+        if may_write:
+            record = {"file": file.name, "sha256": digest}
+            durable.replace_file(kept, encode_json(record))
+        return
+    record = parse_json(read_bytes(kept), kept)
+    before = record.get("sha256") if isinstance(record, dict) else None
+    if before != digest:
+        raise IntegrityError(
+            f"{file.name} in the current folder is not the reward that this run began with",
+            why=f"its sha256 is {digest[:12]}, {kept} says {str(before)[:12]}",
+            fix=f"put the file back as it was; or delete {kept} to go on with the changed one",
+        )
+
+
+def _file_of(reward: str) -> Path:
+    """The user's file, in the current folder. Raises ConfigError where it is not."""
+    file = Path(f"{reward.partition(':')[0]}.py")
+    if not file.is_file():
+        raise ConfigError(
+            f"there is no {file} in the current folder",
+            why=f"finetune.grpo.reward is {reward}",
+            fix="start from the folder that holds it",
+        )
+    return file
 
 
 def confined_reward(request: Mapping[str, Any]) -> float:

@@ -165,6 +165,13 @@ def read_index(folder: Path) -> SamplesIndex:
         raise refused(path, ".".join(map(str, first["loc"])), first["msg"]) from error
 
 
+def sample_files(folder: Path) -> list[Path]:
+    """Every file of a run's samples: what a run that moves takes along. Proves them first; raises
+    as `read_samples`."""
+    read_samples(folder)
+    return sorted(path for path in folder.rglob("*") if path.is_file())
+
+
 def tokenizer_of_samples(folder: Path) -> Tokenizer:
     """The tokenizer that a run's samples are made with. Raises ConfigError, IntegrityError."""
     index = read_index(folder)

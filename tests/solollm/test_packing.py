@@ -255,7 +255,8 @@ def forged(tmp_path: Path, change: Change) -> Path:
     content = {"runs/x/run.toml": b"", "runs/x/plan.json": b"{}"}
     record = {n: FileRecord(bytes=len(c), sha256=hashlib.sha256(c).hexdigest())
               for n, c in content.items()}  # fmt: skip
-    table = Bundle(run="x", step=1, corpora={"c": "0"}, files=record).model_dump(mode="json")
+    needs: dict[str, Any] = {"corpora": {"c": "0"}, "models": {"m": "0" * 64}}
+    table = Bundle(run="x", step=1, files=record, **needs).model_dump(mode="json")
     change(table)
     table["digest"] = hashlib.sha256(encode_json({**table, "digest": ""})).hexdigest()
     listing = encode_json(table)
@@ -278,6 +279,7 @@ HOSTILE = {
     "elsewhere": "other/x/file",
     "another run": "runs/y/file",
     "another corpus": "corpora/d/index.json",
+    "another model": "models/n/config.json",
     "hidden": "runs/x/.ssh/authorized_keys",
     "dot": "runs/x/./file",
     "empty": "runs/x//file",
@@ -305,6 +307,8 @@ def test_paths_that_lead_out_are_refused(tmp_path: Path, path: str) -> None:
         lambda table: table.update(run=".hidden"),
         lambda table: table.update(run="x" * 81),
         lambda table: table.update(corpora={"../c": "0"}),
+        lambda table: table.update(models={"../m": "0" * 64}),
+        lambda table: table.update(models={"m": "0"}),
         lambda table: table.update(format_version=2),
         lambda table: table.update(format="tar"),
         lambda table: table.update(extra=1),
@@ -314,7 +318,8 @@ def test_paths_that_lead_out_are_refused(tmp_path: Path, path: str) -> None:
         lambda table: table["files"]["runs/x/plan.json"].update(bytes=-2),
         lambda table: table["files"]["runs/x/plan.json"].update(bytes=2**60),
     ],
-    ids=["run leads out", "hidden run", "long run", "corpus leads out", "newer", "other format",
+    ids=["run leads out", "hidden run", "long run", "corpus leads out",
+         "model leads out", "no content", "newer", "other format",
          "unknown key", "no run.toml", "wrong digest", "wrong size", "negative", "huge"],
 )  # fmt: skip
 def test_lists_that_lie_are_refused(tmp_path: Path, change: Change) -> None:

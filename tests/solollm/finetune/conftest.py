@@ -56,3 +56,30 @@ def tuning(base: Path, chats: Path) -> MakeConfig:
         return finetune_config(None, [*given, *overrides])
 
     return make
+
+
+@pytest.fixture(scope="session")
+def pairs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Short questions whose chosen answer is polite, and whose rejected one is not."""
+    path = tmp_path_factory.mktemp("pairs") / "pairs.jsonl"
+    rows = [
+        {"prompt": f"Say {n}", "chosen": f"please {n}", "rejected": f"never {n}"} for n in range(48)
+    ]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return path
+
+
+@pytest.fixture(scope="session")
+def dpo(base: Path, pairs: Path) -> MakeConfig:
+    """dpo("train.steps=6", ...): a config of a run on the pairs."""
+
+    def make(*overrides: str) -> RunConfig:
+        return finetune_config(None, [
+            f"train.init_from={json.dumps(str(base))}", f"finetune.data={json.dumps([str(pairs)])}",
+            "finetune.objective=dpo", "data.seq_len=64", "train.batch_size=8", "eval.batches=2",
+            "finetune.held_out_fraction=0.2", "eval.sample_tokens=2", "log.every_steps=1",
+            "checkpoint.every_steps=3", "optimizer.lr=0.003", "backend_options.mlx.compile=false",
+            *overrides,
+        ])  # fmt: skip
+
+    return make

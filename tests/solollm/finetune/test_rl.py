@@ -36,37 +36,12 @@ LEARNING = [pytest.param(n, marks=pytest.mark.slow) if n == "mlx" else n for n i
 
 
 @pytest.fixture(scope="module")
-def pairs(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Short questions whose chosen answer is polite, and whose rejected one is not."""
-    path = tmp_path_factory.mktemp("pairs") / "pairs.jsonl"
-    rows = [
-        {"prompt": f"Say {n}", "chosen": f"please {n}", "rejected": f"never {n}"} for n in range(48)
-    ]
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    return path
-
-
-@pytest.fixture(scope="module")
 def digits(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Copy a digit: a reward that a random model gets now and then."""
     path = tmp_path_factory.mktemp("digits") / "digits.jsonl"
     rows = [{"question": f"{n % 2}", "answer": f"{n % 2}"} for n in range(32)]
     path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     return path
-
-
-@pytest.fixture(scope="module")
-def dpo(base: Path, pairs: Path) -> MakeConfig:
-    def make(*overrides: str) -> RunConfig:
-        return finetune_config(None, [
-            f"train.init_from={json.dumps(str(base))}", f"finetune.data={json.dumps([str(pairs)])}",
-            "finetune.objective=dpo", "data.seq_len=64", "train.batch_size=8", "eval.batches=2",
-            "finetune.held_out_fraction=0.2", "eval.sample_tokens=2", "log.every_steps=1",
-            "checkpoint.every_steps=3", "optimizer.lr=0.003", "backend_options.mlx.compile=false",
-            *overrides,
-        ])  # fmt: skip
-
-    return make
 
 
 def trained(run: Path, kind: str = "train") -> list[dict[str, Any]]:
@@ -284,6 +259,32 @@ def test_a_users_function_rewards(tmp_path: Path) -> None:
     assert scored(tmp_path, code) == [2.5, 0]
     pattern = r"is {answer}\b"
     assert scored(tmp_path, "", reward="regex", pattern=pattern) == [1, 0]
+
+
+def test_a_changed_reward_file_is_noticed(
+    grpo: MakeConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Guards a run that goes on by another reward than it began with, and nobody knows."""
+    file = tmp_path / "mine.py"
+    file.write_text("def score(prompt, completion, answer):\n    return len(completion) % 2\n")
+    first = file.read_bytes()
+    config = grpo("finetune.grpo.reward=mine:score", "train.steps=4", "checkpoint.every_steps=2")
+    monkeypatch.chdir(tmp_path)
+    finetune(config, tmp_path / "run", backend="torch")
+    forget_last(tmp_path / "run", 4)
+    file.write_bytes(first + b"\n")
+    with pytest.raises(
+        IntegrityError, match=r"mine\.py .* is not the reward .* began with"
+    ) as told:
+        resume(tmp_path / "run")
+    assert "reward.json" in told.value.fix
+    assert Run.open(tmp_path / "run").last_ending() != "stopped"
+    file.write_bytes(first)
+    assert resume(tmp_path / "run").start_step == 2
+    forget_last(tmp_path / "run", 4)
+    file.write_bytes(first + b"\n")
+    (tmp_path / "run" / "data" / "reward.json").unlink()
+    assert resume(tmp_path / "run").step == 4
 
 
 def test_a_function_that_hangs_gives_nothing(tmp_path: Path) -> None:

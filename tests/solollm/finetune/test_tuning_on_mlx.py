@@ -17,6 +17,7 @@ from solollm.config import RunConfig
 from solollm.continuation import BANDS, REQUANTISED_BAND
 from solollm.errors import StoppedBySignal
 from solollm.finetune.tuning import finetune
+from solollm.packing import pack, unpack
 from solollm.pretraining import resume
 from solollm.runs import Run
 from solollm.testing.watching import StopAt
@@ -65,3 +66,25 @@ def test_a_tuning_goes_on_there_and_elsewhere(
     limit = REQUANTISED_BAND if method == "qlora" else BANDS["float32"]
     for step in (4, 5, 6):
         np.testing.assert_allclose(gone[step], here[step], rtol=limit)
+
+
+@pytest.mark.slow
+def test_a_packed_tuning_goes_on_there(tuning: MakeConfig, tmp_path: Path) -> None:
+    """Guards the whole move of an adapter over a 4-bit base from PyTorch: the base comes along as
+    it is and is quantised in MLX's codes, within the band that is written down."""
+    config = tuning(
+        "finetune.method=qlora", "checkpoint.every_steps=3", "optimizer.lr=0.01",
+        "backend_options.mlx.compile=false",
+    )  # fmt: skip
+    finetune(config, tmp_path / "here", backend="torch")
+    pack(tmp_path / "here", tmp_path / "moved.solo", step=3)
+    moved = unpack(tmp_path / "moved.solo", tmp_path / "there").run
+    assert resume(moved, backend="mlx").start_step == 3
+    (proven,) = [e for e in Run.open(moved).read_events() if e["kind"] == "continuation_proven"]
+    assert proven["tolerance"] == REQUANTISED_BAND
+    adapter = newest(moved).adapter
+    assert adapter is not None
+    assert adapter.base.codec == "affine4"
+    here, gone = losses_of(tmp_path / "here"), losses_of(moved)
+    for step in (4, 5, 6):
+        np.testing.assert_allclose(gone[step], here[step], rtol=REQUANTISED_BAND)
