@@ -1,6 +1,6 @@
 """What an answer is worth: rewards that can be checked, for GRPO.
 
-    gsm8k              1 where the number after the last `####` is the right one
+    gsm8k              1 where the number after the last `####` or `The answer is` is the right one
     exact              1 where the whole answer is the right one, spaces and case apart
     regex              1 where `finetune.grpo.pattern` is found; {answer} in it is the answer
     my_rewards:score   a function of the user's own file `my_rewards.py` in the current folder:
@@ -31,6 +31,7 @@ from solollm.strictfile import encode_json, parse_json, read_bytes
 BUILT_IN = ("gsm8k", "exact", "regex")
 _FUNCTION = re.compile(r"[A-Za-z_]\w*:[A-Za-z_]\w*")
 _RECORD = "reward.json"  # among a run's samples
+_MARK = re.compile(r"####|The answer is")  # GSM8K's own, and that of lm-eval's `gsm8k_cot`
 _NUMBER = re.compile(r"-?\d[\d,]*\.?\d*")
 
 
@@ -43,10 +44,11 @@ class Answered(NamedTuple):
 
 
 def final_answer(text: str) -> str | None:
-    """The number after the last `####`, as GSM8K writes it, without thousands' commas; None where
-    there is none."""
-    _, mark, after = text.rpartition("####")
-    found = _NUMBER.search(after) if mark else None
+    """The number after the last mark of a final answer, without thousands' commas; None where there
+    is none. The marks are those of GSM8K's rows and of `solollm data tuning`'s, so that either may
+    be tuned on first."""
+    *before, after = _MARK.split(text)
+    found = _NUMBER.search(after) if before else None
     return found.group().replace(",", "").rstrip(".") if found else None
 
 

@@ -239,6 +239,8 @@ def test_right_numbers_are_found() -> None:
     """Guards commas, trailing points, and numbers that stand elsewhere."""
     assert final_answer("9 apples\n#### 1,234.") == "1234"
     assert final_answer("the answer is 7") is None
+    assert final_answer("#### 3 or rather: The answer is $1,250.") == "1250"
+    assert final_answer("The answer is 3, so #### 4") == "4"
     assert gsm8k("so #### 18", "steps 3\n#### 18.0") == 1
     assert gsm8k("18", "#### 18") == 0
     assert exact(" Yes  sir", "yes sir") == 1
