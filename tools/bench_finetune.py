@@ -3,14 +3,15 @@ bitsandbytes on the same processor.
 
     python tools/bench_finetune.py memory [--seq-len 512] [--rows 1] [--backend mlx]
     python tools/bench_finetune.py speed  [--seq-len 512] [--rows 2] [--turns 6]
-    python tools/bench_finetune.py padded --data gsm8k/train.jsonl [--samples 48] [--turns 3]
+    python tools/bench_finetune.py padded --data train.jsonl [--samples 48] [--turns 3] [--sort]
 
 `memory` trains a step of each method in a fresh process and prints its peak above what the process
 held once its frameworks were imported; on MLX, the peak that its allocator counts. `speed` trains
-on full rows, `padded` on real rows of unequal length, which the peer pads and we pack, and counts
-only tokens that are somebody's. Each side lives in its own process, as its users run it, and they
-take turns: one waits while the other trains, so that both meet the same machine. Times are
-processor seconds of those processes, on one thread. The sides themselves are in `finetune_sides`.
+on full rows, `padded` on GSM8K's rows of unequal length, which the peer pads and we pack, and
+counts only tokens that are somebody's; `--sort` has a second peer, whose batches are of like
+lengths. Each side lives in its own process, as its users run it, and they take turns: one waits
+while the other trains, so that both meet the same machine. Times are processor seconds of those
+processes, on one thread. The sides themselves are in `finetune_sides`.
 """
 
 from __future__ import annotations
@@ -45,6 +46,7 @@ def main() -> int:
     parser.add_argument("--turns", type=int, default=0)
     parser.add_argument("--samples", type=int, default=48)
     parser.add_argument("--data", type=Path)
+    parser.add_argument("--sort", action="store_true")
     arguments = parser.parse_args()
     if arguments.part in ("memory", "speed", "padded"):
         print(describe(), flush=True)
@@ -116,11 +118,12 @@ def speed(arguments: argparse.Namespace) -> None:
 
 def padded(arguments: argparse.Namespace) -> None:
     """Real rows: the peer pads each of its batches to the longest, we pack; loss on answers."""
+    names = SIDES if arguments.sort else SIDES[:2]
     for side, work in works(arguments).items():
         positions = sum(batch.input_ids.size for batch in work.batches)
         shape = f"{len(work.batches)} steps, padding {1 - work.tokens / positions:.1%}"
         print(f"{side}: {work.tokens:,} useful tokens, {shape}", flush=True)
-    compare(arguments, SIDES, arguments.turns or 3)
+    compare(arguments, names, arguments.turns or 3)
 
 
 def works(arguments: argparse.Namespace) -> dict[str, Work]:
