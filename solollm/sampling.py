@@ -22,6 +22,7 @@ from solollm.optim_codec import counter_uniform
 
 # Below it, the second likeliest of two float32 logits has no chance left, and quotients overflow.
 _MIN_TEMPERATURE = 1e-6
+_MIN_PENALTY, _MAX_PENALTY = 1e-6, 1e6  # beyond them logits become infinite, and then no number
 
 
 class Candidates(NamedTuple):
@@ -74,7 +75,7 @@ def adjust(
         adjusted[vocab_size:] = -np.inf
     if params.repetition_penalty != 1:  # Keskar et al. 2019, arXiv:1909.05858
         seen = adjusted[history]
-        factor = np.float32(params.repetition_penalty)
+        factor = np.float32(min(max(params.repetition_penalty, _MIN_PENALTY), _MAX_PENALTY))
         adjusted[history] = np.where(seen < 0, seen * factor, seen / factor)
     if processors:
         ids = history.tolist()

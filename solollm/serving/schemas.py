@@ -152,7 +152,7 @@ class _Generation(_Strict):
     response_format: ResponseFormat | None = None
     top_k: Annotated[int, Field(ge=0, lt=2**31)] | None = None
     min_p: Annotated[_Number, Field(ge=0, le=1)] | None = None
-    repetition_penalty: Annotated[_Number, Field(gt=0, le=10)] | None = None
+    repetition_penalty: Annotated[_Number, Field(ge=0.01, le=10)] | None = None
     user: str | None = None
     metadata: dict[str, str] | None = None
 

@@ -166,3 +166,12 @@ def test_a_temperature_near_zero_is_greedy(temperature: float) -> None:
     logits = np.random.default_rng(3).normal(size=VOCAB).astype(np.float32) * 30
     params = SamplingParams(temperature=temperature, top_k=5, top_p=0.5)
     assert choose(logits, params, np.array([1])) == int(logits.argmax())
+
+
+@pytest.mark.parametrize("penalty", [5e-324, 1e-176, 1e-30, 1e30, 1.7e308])
+@pytest.mark.parametrize("sign", [-1, 0, 1])
+def test_a_penalty_of_any_size_leaves_a_choice(penalty: float, sign: int) -> None:
+    """Logits divided by nothing: 0 / 0 is no number, and the whole batch fails with it."""
+    logits = np.full(VOCAB, sign, np.float32) * np.arange(VOCAB, dtype=np.float32)
+    params = SamplingParams(temperature=1.0, repetition_penalty=penalty)
+    assert 0 <= choose(logits, params, np.arange(VOCAB)) < VOCAB

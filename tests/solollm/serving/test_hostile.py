@@ -80,6 +80,7 @@ HOSTILE: dict[str, tuple[bytes, tuple[int, ...]]] = {
     "H9 infinity": (post(TEXT, b'{"model": "tiny", "prompt": "x", "top_p": 1e999}'), (400,)),
     "H9 negative max_tokens": (post(TEXT, completion(max_tokens=-1)), (400,)),
     "H9 max_tokens as text": (post(TEXT, completion(max_tokens="5")), (400,)),
+    "H9 penalty of nothing": (post(TEXT, completion(repetition_penalty=1e-176)), (400,)),
     "H9 key twice": (post(TEXT, b'{"model": "tiny", "prompt": "x", "prompt": "y"}'), (400,)),
     "H10 n": (post(TEXT, completion(n=10**6)), (400,)),
     "H11 stops": (post(TEXT, completion(stop=["x"] * 10**5)), (400,)),
