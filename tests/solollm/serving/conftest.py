@@ -98,7 +98,7 @@ class RunningServer:
 
     def connect(self) -> socket.socket:
         host, _, port = self.url.removeprefix("http://").partition(":")
-        return socket.create_connection((host, int(port)), timeout=30)
+        return socket.create_connection((host, int(port)), timeout=120)
 
     def exchange(self, request: bytes) -> bytes:
         """What comes back for these very bytes, until the server closes."""
