@@ -1,11 +1,13 @@
 """A conversation with a model: what is remembered, and how each turn is put to it.
 
 A chat-tuned model gets the turns in its chat template. A base model has learned only to continue
-text, so its conversation is one growing document. The terminal is `solollm.commands.chat`'s.
+text, so its conversation is one growing document. The terminal is `solollm.commands.chat`'s, a
+model behind a server `solollm.remote_dialogue`'s.
 """
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Generator
 from dataclasses import replace
 from typing import Literal
@@ -18,8 +20,8 @@ from solollm.generation import stream_from
 Mode = Literal["auto", "chat", "completion"]
 
 
-class ChatSession:
-    """One conversation.
+class Dialogue(ABC):
+    """One conversation, wherever its model is.
 
     Attributes:
         mode: "chat" or "completion"; "auto" takes what the model was tuned for.
@@ -27,34 +29,13 @@ class ChatSession:
         text: in completion mode, the document so far.
     """
 
-    def __init__(
-        self,
-        model: TextModel,
-        *,
-        mode: Mode = "auto",
-        system: str = "",
-        sampling: SamplingParams = DEFAULT_SAMPLING,
-        max_new_tokens: int = DEFAULT_NEW_TOKENS,
-    ) -> None:
-        """Raises ConfigError where the chat mode is asked of a tokenizer without a template, or a
-        system prompt of a model that only continues text."""
+    def __init__(self, mode: Mode, *, is_chat: bool) -> None:
         if mode == "auto":
-            mode = "chat" if model.is_chat else "completion"
-        if mode == "chat":
-            _ = model.tokenizer.chat_template  # raises where there is none
-        if max_new_tokens < 1:
-            raise ConfigError(f"max_new_tokens {max_new_tokens} leaves no room for an answer")
+            mode = "chat" if is_chat else "completion"
         self.mode: Literal["chat", "completion"] = mode
         self.messages: list[dict[str, str]] = []
         self.text = ""
-        self._model = model
-        self._sampling = sampling
-        self._max_new_tokens = max_new_tokens
         self._system = ""
-        # One decoder for the whole conversation: it keeps what it computed for earlier turns.
-        self._decoder = model.engine.open()
-        if system:
-            self.set_system(system)
 
     def reset(self) -> None:
         """Forget everything but the system prompt."""
@@ -71,6 +52,7 @@ class ChatSession:
         self._system = text
         self.reset()
 
+    @abstractmethod
     def ask(self, text: str) -> Generator[str, None, None]:
         """The answer to one more turn, piece by piece.
 
@@ -80,6 +62,42 @@ class ChatSession:
         Raises:
             ConfigError: an empty turn, or one that alone does not fit.
         """
+
+    def _remember(self, answer: str) -> None:
+        if self.mode == "chat":
+            self.messages.append({"role": "assistant", "content": answer})
+        else:
+            self.text += answer
+
+
+class ChatSession(Dialogue):
+    """A conversation with a model that is opened here."""
+
+    def __init__(
+        self,
+        model: TextModel,
+        *,
+        mode: Mode = "auto",
+        system: str = "",
+        sampling: SamplingParams = DEFAULT_SAMPLING,
+        max_new_tokens: int = DEFAULT_NEW_TOKENS,
+    ) -> None:
+        """Raises ConfigError where the chat mode is asked of a tokenizer without a template, or a
+        system prompt of a model that only continues text."""
+        super().__init__(mode, is_chat=model.is_chat)
+        if self.mode == "chat":
+            _ = model.tokenizer.chat_template  # raises where there is none
+        if max_new_tokens < 1:
+            raise ConfigError(f"max_new_tokens {max_new_tokens} leaves no room for an answer")
+        self._model = model
+        self._sampling = sampling
+        self._max_new_tokens = max_new_tokens
+        # One decoder for the whole conversation: it keeps what it computed for earlier turns.
+        self._decoder = model.engine.open()
+        if system:
+            self.set_system(system)
+
+    def ask(self, text: str) -> Generator[str, None, None]:
         if not text.strip():
             raise ConfigError("the message is empty", fix="type something")
         prompt = self._chat_prompt(text) if self.mode == "chat" else self._document_prompt(text)
@@ -96,11 +114,7 @@ class ChatSession:
                     yield piece
         finally:
             events.close()
-            answer = "".join(pieces)
-            if self.mode == "chat":
-                self.messages.append({"role": "assistant", "content": answer})
-            else:
-                self.text += answer
+            self._remember("".join(pieces))
             # The next turn draws from other random numbers, even when it is the same text.
             self._sampling = replace(self._sampling, seed=self._sampling.seed + 1)
 

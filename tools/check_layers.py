@@ -28,7 +28,7 @@ LAYERS = (
     "data schedule manifest certificate frozen_base bases checkpoint checkpoint_writer model_folder"
     " runlock runs run_log bundle archive planner registry drawing forecast calibration reality"
     " generation tokenizer_inspection watch faults dtype_choice",
-    "evaluation report held_out broken_steps continuation completion dialogue",
+    "evaluation report held_out broken_steps continuation completion dialogue remote_dialogue",
     "workload trainer",
     "lifeline ranks pretraining rehearsal finetune planning environments horizon"
     " starting_weights run_streams run_paths",

@@ -82,7 +82,10 @@ def command(
     rules = AccessRules(host=host, key=read_key(key_file), hosts=hosts, origins=origins)
     settings = EngineSettings(adapters=dict(map(read_adapter, adapters)), **engines)
     filters = open_guard(guard == "on", guard_config)
-    options = ServeOptions(access=rules, port=port, engines=settings, filters=filters)
+    options = ServeOptions(
+        access=rules, port=port, engines=settings, filters=filters,
+        interventions=filters.notices.counts if filters is not None else {},
+    )  # fmt: skip
     notices = console(stderr=True)
     notices.print(f"loading {', '.join(models)}", style="dim", markup=False, soft_wrap=True)
     try:

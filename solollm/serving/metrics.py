@@ -1,4 +1,5 @@
-"""What `/metrics` shows, for Prometheus: requests, tokens, waits, and the engines' health.
+"""What `/metrics` shows, for Prometheus: requests, tokens, waits, what the guard did, and the
+engines' health.
 
 No text, no key and no address of a client is ever a label.
 """
@@ -6,15 +7,20 @@ No text, no key and no address of a client is ever a label.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from types import MappingProxyType
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+from prometheus_client.core import CounterMetricFamily
 from prometheus_client.exposition import CONTENT_TYPE_LATEST
+from prometheus_client.registry import Collector
 
 from solollm.serving.answering import Timing
 from solollm.serving.token_engine import TokenEngine
 
 _WAITS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60)
+# What filters did: (part, rule, action) to a count that grows.
+Interventions = Mapping[tuple[str, str, str], int]
 _GAPS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5)
 
 
@@ -23,8 +29,10 @@ class Metrics:
 
     content_type = CONTENT_TYPE_LATEST
 
-    def __init__(self) -> None:
+    def __init__(self, interventions: Interventions = MappingProxyType({})) -> None:
+        """`interventions`: read anew whenever the page is asked for."""
         self._registry = registry = CollectorRegistry()
+        registry.register(_Guard(interventions))
         self.requests = Counter(
             "solollm_requests", "Requests answered", ["route", "status"], registry=registry
         )
@@ -72,3 +80,19 @@ class Metrics:
             self._up.labels(name).set(engine.state == "ready")
             self._restarts.labels(name).set(engine.num_restarts)
         return generate_latest(self._registry)
+
+
+class _Guard(Collector):
+    """The guard's own counts as a counter."""
+
+    def __init__(self, interventions: Interventions) -> None:
+        self._interventions = interventions
+
+    def collect(self) -> Iterator[CounterMetricFamily]:
+        family = CounterMetricFamily(
+            "solollm_guard_interventions", "What the guard did to answers",
+            labels=["part", "rule", "action"],
+        )  # fmt: skip
+        for labels, count in list(self._interventions.items()):  # filters run on other threads
+            family.add_metric(labels, count)
+        yield family

@@ -31,7 +31,7 @@ from solollm.serving.engine_choice import (
     make_engine,
 )
 from solollm.serving.limits import Limits
-from solollm.serving.metrics import Metrics
+from solollm.serving.metrics import Interventions, Metrics
 from solollm.serving.offered_adapters import OfferedAdapter, open_offered
 from solollm.serving.text_filter import FilterFactory
 from solollm.serving.token_engine import TokenEngine
@@ -48,7 +48,7 @@ class ServeOptions:
     Attributes:
         port: 0: any free one.
         engines: which engine, and how it is set up.
-        filters: see `text_filter`.
+        filters: see `text_filter`; `interventions`: what they did, for `/metrics`.
     """
 
     access: AccessRules = field(default_factory=AccessRules)
@@ -56,6 +56,7 @@ class ServeOptions:
     engines: EngineSettings = field(default_factory=EngineSettings)
     limits: Limits = field(default_factory=Limits)
     filters: FilterFactory | None = None
+    interventions: Interventions = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -99,7 +100,7 @@ async def start_serving(
     """`serve` on a running loop; setting `until` ends it as SIGTERM does."""
     asyncio.get_running_loop().set_default_executor(ThreadPoolExecutor(_TEXT_THREADS))
     catalogue, notes = open_catalogue(sources, options)
-    front = Front(catalogue, options.limits, Metrics(), options.filters)
+    front = Front(catalogue, options.limits, Metrics(options.interventions), options.filters)
     sock = _listen(options.access.host, options.port)
     server = _server(front, options)
     engines = catalogue.engines

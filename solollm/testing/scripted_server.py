@@ -14,7 +14,7 @@ from solollm.serving.access import AccessRules
 from solollm.serving.app import Front, build_app
 from solollm.serving.catalogue import Catalogue, ServedModel
 from solollm.serving.limits import Limits
-from solollm.serving.metrics import Metrics
+from solollm.serving.metrics import Interventions, Metrics
 from solollm.serving.text_filter import FilterFactory
 from solollm.serving.token_engine import (
     EngineInfo,
@@ -107,6 +107,7 @@ class ScriptedServer:
     def __init__(
         self, engines: dict[str, ScriptedTokenEngine], *, chat: Sequence[str] | None = None,
         key: str = "", filters: FilterFactory | None = None,
+        interventions: Interventions | None = None,
     ) -> None:  # fmt: skip
         chat = list(engines) if chat is None else chat
         models = [
@@ -116,7 +117,8 @@ class ScriptedServer:
             )
             for name, engine in engines.items()
         ]  # fmt: skip
-        front = Front(Catalogue(models), Limits(), Metrics(), filters)
+        metrics = Metrics() if interventions is None else Metrics(interventions)
+        front = Front(Catalogue(models), Limits(), metrics, filters)
         config = uvicorn.Config(
             build_app(front, AccessRules(key=key)), host="127.0.0.1", port=0, ws="none",
             lifespan="off", loop="asyncio", log_config=None, access_log=False,

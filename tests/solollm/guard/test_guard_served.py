@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -26,7 +27,8 @@ def server() -> Iterator[ScriptedServer]:
     template = b"{% for m in messages %}{{ m.content }}\n{% endfor %}"
     files = {**train_tokenizer([ANSWER], 270).files(), "chat_template.jinja": template}
     engine = ScriptedTokenEngine(Tokenizer(files), lambda prompt, job: ANSWER)
-    running = ScriptedServer({"m": engine}, filters=Guard())
+    guard = Guard()
+    running = ScriptedServer({"m": engine}, filters=guard, interventions=guard.notices.counts)
     yield running
     running.close()
 
@@ -48,6 +50,33 @@ def test_streamed_and_whole_answers_are_guarded_alike(server: ScriptedServer) ->
     choices = [event["choices"][0] for event in events]
     assert "".join(choice["delta"].get("content", "") for choice in choices) == text
     assert choices[-1]["finish_reason"] == "content_filter"
+
+
+def counts(server: ScriptedServer) -> dict[tuple[str, str, str], float]:
+    """What `/metrics` says of the guard, by part, rule and action."""
+    page = httpx.get(f"{server.url}/metrics", timeout=60).text
+    line = re.compile(r"solollm_guard_interventions_total{([^}]*)} (\S+)")
+    found = {}
+    for labels, count in line.findall(page):
+        named = dict(re.findall(r'(\w+)="([^"]*)"', labels))
+        found[named["part"], named["rule"], named["action"]] = float(count)
+    return found
+
+
+def test_metrics_count_what_was_done(server: ScriptedServer) -> None:
+    """A guard whose owner cannot see whether it ever does anything; somebody's text as a label."""
+    before = counts(server)
+    ask(server, "hello", max_tokens=2000)
+    ask(server, "hello", max_tokens=2000, stream=True)
+    ask(server, "I want to kill myself")
+    after = counts(server)
+    done = {key: count - before.get(key, 0) for key, count in after.items()}
+    assert done == {
+        ("personal data", "email", "mask"): 2,
+        ("personal data", "phone", "mask"): 2,
+        ("repetition", "loop", "block"): 2,
+        ("distress", "help lines", "block"): 1,
+    }
 
 
 def test_log_probabilities_would_tell_what_is_hidden(server: ScriptedServer) -> None:
