@@ -314,7 +314,7 @@ class Ranks:
     rank: int = 0
     world_size: int = 1
     local_world_size: int = 1  # of them on this machine
-    host: str = ""  # where other ranks reach this machine; empty: exchanges notice every loss
+    host: str = ""  # where its neighbours reach this machine, if that is known
 
     def gather(self, text: str) -> Sequence[str]:
         """What each rank says, at most 200 bytes, in order of ranks."""

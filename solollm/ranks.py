@@ -102,7 +102,7 @@ class Watched(Ranks):
 
 @contextmanager
 def watched(ranks: Ranks, table: MachineTable) -> Iterator[Ranks]:
-    """The ranks, watching over one another where their framework's exchanges do not."""
+    """The ranks, watching over one another where they know how to reach each other."""
     if ranks.world_size == 1 or not ranks.host:
         yield ranks
         return

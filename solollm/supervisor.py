@@ -6,16 +6,18 @@ checkpoint; after a fault of memory with half the micro-batch, which leaves the 
 order of the data as they are. What is the run's own affair (a setting, a damaged file, a full disk,
 numbers that are not finite) is never tried again. A hang is not noticed.
 
-The child has a process group of its own: a Ctrl-C reaches it once, through us. If we are killed
-ourselves, it goes on alone.
+The child has a process group of its own: a Ctrl-C reaches it once, through us, and so does a
+Ctrl-Z. If we are killed ourselves, it goes on alone.
 """
 
 from __future__ import annotations
 
+import os
 import signal
 import subprocess
 import threading
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from types import FrameType, TracebackType
 from typing import Any, Literal
@@ -139,8 +141,9 @@ class Supervisor:
 
 
 class _Relay:
-    """SIGINT and SIGTERM, passed on to whichever child lives. Only the main thread can install
-    handlers; in any other the child is waited for and nothing is passed on."""
+    """What ends or suspends a program at a terminal, passed on to whichever child lives. Only the
+    main thread can install handlers; in any other the child is waited for and nothing is passed
+    on."""
 
     def __init__(self) -> None:
         self.signal_number: int | None = None
@@ -150,8 +153,9 @@ class _Relay:
 
     def __enter__(self) -> _Relay:
         if threading.current_thread() is threading.main_thread():
-            for number in (signal.SIGINT, signal.SIGTERM):
+            for number in (signal.SIGINT, signal.SIGTERM, signal.SIGQUIT):
                 self._previous[number] = signal.signal(number, self._handle)
+            self._previous[signal.SIGTSTP] = signal.signal(signal.SIGTSTP, self._suspend)
             self._previous[signal.SIGHUP] = signal.signal(signal.SIGHUP, signal.SIG_IGN)
         return self
 
@@ -183,6 +187,20 @@ class _Relay:
         self._came.set()
         if self._child is not None:
             self._child.send_signal(number)
+
+    def _suspend(self, number: int, frame: FrameType | None) -> None:
+        """Stop with all that trains, as the shell says that it has; go on with it at `fg`."""
+        self._signal_group(signal.SIGSTOP)
+        signal.signal(number, signal.SIG_DFL)
+        signal.raise_signal(number)  # returns once this process is continued
+        signal.signal(number, self._suspend)
+        self._signal_group(signal.SIGCONT)
+
+    def _signal_group(self, number: int) -> None:
+        child = self._child
+        if child is not None and child.poll() is None:
+            with suppress(ProcessLookupError):  # it has ended meanwhile
+                os.killpg(child.pid, number)
 
 
 def _cause(code: int, events: Sequence[Row], oom_kills: int) -> Cause | None:

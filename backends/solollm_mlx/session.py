@@ -126,6 +126,7 @@ class MlxSession(TrainSession):
         return {"compile": self._compiled}
 
     def train_step(self, batch: Batch, *, lr: float) -> PendingMetrics:
+        mx.eval(self._weights, self._states)  # an update under way would count as held for good
         with lost_ranks_named(), bounded_run_ahead(self._step_bytes):
             return self._train_step(batch, lr)
 

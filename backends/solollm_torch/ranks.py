@@ -9,7 +9,7 @@ from __future__ import annotations
 import atexit
 import functools
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -30,12 +30,20 @@ _LOST = (
 
 class TorchRanks(Ranks):
     """See `solollm.backend.Ranks`. What is agreed on is exchanged between the processors: it never
-    waits for a card."""
+    waits for a card. On one machine the ranks also watch over one another, since gloo and NCCL wait
+    half an hour for one that hangs; of several machines torchrun does not tell the addresses."""
 
     def __init__(self, device: torch.device) -> None:
         join(device)
         self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
         self.local_world_size = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+        self.host = "127.0.0.1" if self.local_world_size == self.world_size else ""
+
+    def gather(self, text: str) -> Sequence[str]:
+        every = [""] * self.world_size
+        with lost_ranks_named():
+            dist.all_gather_object(every, text)
+        return every
 
     def largest(self, *values: float) -> tuple[float, ...]:
         shared = torch.tensor(values, dtype=torch.float32)

@@ -156,6 +156,22 @@ def test_two_ranks_stop_together_lose_one_and_one_goes_on(tmp_path: Path, settin
 
 
 @pytest.mark.slow
+def test_a_rank_that_hangs_fails_the_run(tmp_path: Path, settings: Path) -> None:
+    """Half an hour of gloo's patience, and a run that says it is running meanwhile."""
+    path = tmp_path / "run"
+    patience = ["--set", "machine.rank_silent_seconds=5"]
+    words = ["pretrain", "--config", str(settings), "--run", str(path), *patience]
+    with Launched(*words) as both:
+        both.wait_for_step(path, 3)
+        both.ranks[0].send_signal(signal.SIGSTOP)
+        assert both.ranks[1].wait(timeout=DEADLINE_SECONDS) == 1
+        assert summarize(path).state == "failed"
+        both.ranks[0].send_signal(signal.SIGCONT)
+        assert both.ranks[0].wait(timeout=DEADLINE_SECONDS) == 1
+    assert "said nothing" in Run.open(path).read_events()[-1]["reason"]
+
+
+@pytest.mark.slow
 def test_torchrun_ends_with_an_error_when_a_rank_dies(tmp_path: Path, settings: Path) -> None:
     """A launcher's own signal to rank 0 that is taken for a stop by the user."""
     path = tmp_path / "run"

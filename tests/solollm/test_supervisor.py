@@ -225,25 +225,71 @@ def test_one_row_that_does_not_fit_is_the_end(nursery) -> None:
     assert made.lives() == [{}, {"activation_checkpointing": True}]
 
 
+SUPERVISE = """
+import sys, json
+from pathlib import Path
+from solollm.supervisor import Supervisor
+words = json.loads(sys.argv[2])
+sys.exit(Supervisor(Path(sys.argv[1]), words, lambda memory: words).supervise())
+"""
+
+
+def supervised(made: Nursery) -> subprocess.Popen[bytes]:
+    """A supervisor in a process of its own, whose child has taken its first step."""
+    words = made.command({}, [{"slow": True}])
+    process = subprocess.Popen(
+        [sys.executable, "-c", SUPERVISE, str(made.run), json.dumps(words)], process_group=0
+    )
+    rows = made.run / "metrics.jsonl"
+    wait_until(lambda: rows.exists() and rows.stat().st_size > 0)
+    return process
+
+
+def wait_until(condition: Callable[[], bool]) -> None:
+    for _ in range(600):
+        if condition():
+            return
+        time.sleep(0.05)
+    raise AssertionError("it did not come about")
+
+
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
 def test_a_signal_passes_through_once_and_is_obeyed(nursery, number: int, code: int) -> None:
     """A Ctrl-C that reaches the child twice and so costs the steps since its last save; one after
     which the run is started again."""
     made = nursery()
-    words = made.command({}, [{"slow": True}])
-    script = (
-        "import sys, json\nfrom pathlib import Path\nfrom solollm.supervisor import Supervisor\n"
-        "words = json.loads(sys.argv[2])\n"
-        "sys.exit(Supervisor(Path(sys.argv[1]), words, lambda memory: words).supervise())\n"
-    )
-    process = subprocess.Popen([sys.executable, "-c", script, str(made.run), json.dumps(words)])
-    rows = made.run / "metrics.jsonl"
-    for _ in range(600):
-        if rows.exists() and rows.stat().st_size:
-            break
-        time.sleep(0.05)
+    process = supervised(made)
     os.kill(process.pid, number)
     assert process.wait() == code
     assert made.events("stopped")[0]["signal"] == signal.Signals(number).name
+    assert len(made.lives()) == 1
+    assert not made.events("restarted")
+
+
+def test_ctrl_z_suspends_the_training_too_and_fg_goes_on(nursery) -> None:
+    """A shell that says "Stopped" while the GPU works on; a child that is never continued."""
+    import psutil
+
+    made = nursery()
+    process = supervised(made)
+    (child,) = psutil.Process(process.pid).children()
+    both = (psutil.Process(process.pid), child)
+    os.killpg(process.pid, signal.SIGTSTP)  # what a terminal does: the child has another group
+    wait_until(lambda: all(each.status() == psutil.STATUS_STOPPED for each in both))
+    steps = len(made.losses())
+    time.sleep(0.3)
+    assert len(made.losses()) == steps < STEPS
+    os.killpg(process.pid, signal.SIGCONT)
+    assert process.wait() == 0
+    assert len(made.losses()) == STEPS
+    assert len(made.lives()) == 1
+
+
+def test_ctrl_backslash_ends_the_training_too(nursery) -> None:
+    """A prompt that comes back while the run goes on unseen, and holds its lock."""
+    made = nursery()
+    process = supervised(made)
+    os.killpg(process.pid, signal.SIGQUIT)
+    assert process.wait() == 128 + signal.SIGQUIT
     assert len(made.lives()) == 1
     assert not made.events("restarted")

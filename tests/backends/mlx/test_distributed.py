@@ -188,7 +188,6 @@ def test_a_rank_that_fails_before_it_exchanges_anything_ends_the_other(tmp_path:
     with Pair(ENDLESS, tmp_path, "60", "no data") as both:
         codes = [process.wait(timeout=DEADLINE_SECONDS) for process in both.ranks]
     assert codes == [1, 5]
-    assert not both.run.exists()
 
 
 def test_a_rank_that_never_comes_is_not_waited_for_forever(tmp_path: Path) -> None:
