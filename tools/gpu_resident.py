@@ -36,7 +36,6 @@ SWITCHES: dict[str, dict[str, bool | int | float | str]] = {
     "default": {},
     "not compiled": {"compile": False},
     "split masters": {"master": "split"},
-    "fused updates": {"compile_updates": True},
     "fp8 products": {"fp8": True},
     "CUDA graphs": {"cuda_graphs": True},
     "Liger loss": {"loss": "liger"},

@@ -19,7 +19,7 @@ Shapes: M rows of a micro-batch, T positions, C hidden size.
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from typing import Any, ClassVar
 
@@ -141,6 +141,9 @@ class StreamingSession(TorchSession):
             views = block.canonical_views(gradient_of)
             prefix = f"model.layers.{index}."
             self._gradients |= {f"{prefix}{name}.weight": view for name, view in views.items()}
+
+    def _all_optimizers(self) -> Iterable[Optimizer]:
+        return self._streamed.optimizers
 
     def settle(self) -> None:
         was_under_way = self._under_way is not None

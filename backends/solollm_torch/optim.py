@@ -49,7 +49,12 @@ class Optimizer:
     the block matrices and AdamW for the rest. Weight decay is decoupled and only where the name
     table says so. A Muon update is scaled by 0.2 sqrt(max(R, C)), so that its root mean square is
     that of AdamW and one lr serves both (Liu et al. 2025, arXiv:2502.16982).
+
+    Attributes:
+        products: what Muon's iterations multiply in; the session sets it.
     """
+
+    products = torch.float32
 
     def __init__(
         self,
@@ -211,7 +216,7 @@ class Optimizer:
             stacked.mul_(update.grad_scale)
         for name, gradient in zip(names, stacked, strict=True):
             self._accumulate(name, gradient, update)
-        directions = orthogonalize(stacked)
+        directions = orthogonalize(stacked, self.products)
         rate = -update.lr * 0.2 * math.sqrt(max(stacked.shape[1:]))
         for name, direction in zip(names, directions, strict=True):
             self._take_direction(name, direction, rate, update)
@@ -262,16 +267,20 @@ def _put_back(values: Tensor, before: Tensor | None, found_inf: Tensor | None) -
         values.copy_(torch.where(found_inf > 0, before, values))
 
 
-def orthogonalize(matrices: Tensor) -> Tensor:
+def orthogonalize(matrices: Tensor, products: torch.dtype = torch.float32) -> Tensor:
     """The nearest half-orthogonal matrices, roughly: fp32 [N, R, C] to the same shape with singular
     values near 1, by five Newton-Schulz steps on each (Jordan 2024). The shorter side is squared.
+
+    `products`: bfloat16 is what a card multiplies fastest, and as Jordan has it. The iteration
+    contracts towards its fixed points, so that rounding on the way changes little of where it ends.
     """
     a, b, c = NEWTON_SCHULZ
     tall = matrices.shape[1] > matrices.shape[2]
     x: Tensor = matrices / (torch.linalg.matrix_norm(matrices, keepdim=True) + 1e-7)
+    x = x.to(products)
     for _ in range(NEWTON_SCHULZ_STEPS):
         gram = x.mT @ x if tall else x @ x.mT  # [N, S, S], S = min(R, C)
         polynomial = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)
         left, right = (x, polynomial) if tall else (polynomial, x)
         x = torch.baddbmm(x, left, right, beta=a)
-    return x
+    return x.float()

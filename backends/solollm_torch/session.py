@@ -119,6 +119,11 @@ class TorchSession(TrainSession):
         self._under_way: _Step | None = None
         self._switches = self._switch((), given, compiled=False)
         self._set_up(options)
+        for optimizer in self._all_optimizers():
+            optimizer.products = self._switches.newton_schulz
+
+    def _all_optimizers(self) -> Iterable[Optimizer]:
+        return self._optimizers
 
     def _set_up(self, options: SessionOptions) -> None:
         """Make weights, gradients and optimizer."""

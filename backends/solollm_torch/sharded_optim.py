@@ -81,16 +81,18 @@ class ShardedOptimizer(Optimizer):
             means.append(gradient.to(self._device))
         parts = [self._parts[name] for name in names]
         rate = -update.lr * 0.2 * math.sqrt(max(parts[0].shape))
-        for name, rows in zip(names, orthogonal_rows(means, parts), strict=True):
+        for name, rows in zip(names, orthogonal_rows(means, parts, self.products), strict=True):
             self._take_direction(name, rows.to(gradients[name].device), rate, update)
 
 
-def orthogonal_rows(matrices: Sequence[Tensor], parts: Sequence[Part]) -> list[Tensor]:
+def orthogonal_rows(
+    matrices: Sequence[Tensor], parts: Sequence[Part], products: torch.dtype
+) -> list[Tensor]:
     """This rank's rows of each orthogonalised matrix, from its rows of each; at most as many
     matrices as ranks, all of one whole shape. Collective."""
     rank, ranks = parts[0].rank, range(len(parts[0].rows))
     if len(ranks) == 1:
-        return [orthogonalize(matrices[0].unsqueeze(0))[0]]
+        return [orthogonalize(matrices[0].unsqueeze(0), products)[0]]
     to_owner = [m.numel() for m in matrices] + [0] * (len(ranks) - len(matrices))
     own = parts[rank] if rank < len(parts) else None
     columns = parts[0].shape[1]
@@ -100,7 +102,7 @@ def orthogonal_rows(matrices: Sequence[Tensor], parts: Sequence[Part]) -> list[T
         sent = torch.cat([m.reshape(-1) for m in matrices])
         dist.all_to_all_single(whole, sent, from_all, to_owner)
         if own:  # rows of all ranks, in the order of the ranks, are the matrix
-            whole = orthogonalize(whole.view(1, *own.shape)).view(-1)
+            whole = orthogonalize(whole.view(1, *own.shape), products).view(-1)
         dist.all_to_all_single(sent, whole, to_owner, from_all)
     rows = torch.split(sent, to_owner[: len(matrices)])
     return [r.view_as(m) for r, m in zip(rows, matrices, strict=True)]

@@ -84,6 +84,11 @@ class StreamedUpdates:
     def num_units(self) -> int:
         return len(self._of_unit)
 
+    @property
+    def optimizers(self) -> list[Optimizer]:
+        """Of all pieces."""
+        return [piece.optimizer for piece in self._pieces]
+
     def begin(self) -> None:
         """Before the first unit of a step, or ahead of it: its first piece is on its way."""
         self._prefetch(0)

@@ -7,6 +7,7 @@ whether this machine can.
                 what is computed again in backward; auto: the plan's activation checkpointing
     fp8         the blocks' products in 8-bit floating point
     cuda_graphs record each compiled block once and replay it
+    newton_schulz  float32 | bfloat16                  what Muon's iterations multiply in
 
 Each stays off until a card has shown that it gains (`tools/gpu_check.py resident`).
 """
@@ -23,10 +24,11 @@ from solollm.errors import BackendError, ConfigError
 from solollm_torch.attention import WAYS, Way
 from solollm_torch.fp8 import require_fp8
 from solollm_torch.fused_loss import LossAndGradient, choose_loss
+from solollm_torch.gradients import DTYPES
 from solollm_torch.packed_attention import require_flex, require_varlen
 
 Given = Mapping[str, bool | int | float | str]
-SWITCHES = ("attention", "loss", "recompute", "fp8", "cuda_graphs")
+SWITCHES = ("attention", "loss", "recompute", "fp8", "cuda_graphs", "newton_schulz")
 PARTS: Mapping[str, frozenset[str]] = {
     "none": frozenset(),
     "attention": frozenset({"attention"}),
@@ -44,6 +46,7 @@ class Switches(NamedTuple):
     recomputes_blocks: bool
     fp8: bool
     cuda_graphs: bool
+    newton_schulz: torch.dtype
 
     @classmethod
     def of(
@@ -66,7 +69,8 @@ class Switches(NamedTuple):
             )
         way = _attention(str(given.get("attention", "auto")), device, compiled=compiled)
         loss = choose_loss(str(given.get("loss", "own")), device)
-        return cls(way, loss, parts, blocks, fp8, graphs)
+        products = _products(str(given.get("newton_schulz", "float32")))
+        return cls(way, loss, parts, blocks, fp8, graphs, products)
 
 
 def _attention(chosen: str, device: torch.device, *, compiled: bool) -> Way:
@@ -99,3 +103,11 @@ def _recompute(chosen: str, plan: bool) -> tuple[bool, frozenset[str]]:
             fix=f"use auto, block, {', '.join(PARTS)}",
         )
     return False, PARTS[chosen]
+
+
+def _products(chosen: str) -> torch.dtype:
+    if chosen not in DTYPES:
+        raise ConfigError(
+            f"newton_schulz = {chosen!r} is not a choice", fix=f"use {' or '.join(DTYPES)}"
+        )
+    return DTYPES[chosen]

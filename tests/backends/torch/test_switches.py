@@ -16,13 +16,16 @@ from solollm_torch.compiling import compile_blocks, kernel_cache
 from solollm_torch.fp8 import fp8_linear
 from solollm_torch.fused_loss import choose_loss
 from solollm_torch.loss import Targets, loss_and_gradient
+from solollm_torch.offload import StreamingSession
 from solollm_torch.ops import linear
+from solollm_torch.optim import orthogonalize
 from solollm_torch.session import TorchSession
 from torch import Tensor
 from torch.nn import functional
 
 from solollm.architecture import ModelConfig
-from solollm.backend import Batch
+from solollm.backend import Batch, Plan, SessionOptions
+from solollm.config import OptimizerTable
 from solollm.errors import BackendError, ConfigError
 
 CPU = torch.device("cpu")
@@ -216,3 +219,49 @@ def test_compiled_kernels_outlive_the_process(
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", "/elsewhere")
     compile_blocks([])
     assert os.environ["TORCHINDUCTOR_CACHE_DIR"] == "/elsewhere", "the user's own choice"
+
+
+@pytest.mark.parametrize("shape", [(3, 24, 64), (2, 64, 24), (1, 48, 48)])
+def test_products_in_bfloat16_end_where_float32_does(shape: tuple[int, ...]) -> None:
+    """Iterations that diverge, or a direction that is another one, for the sake of speed."""
+    matrices = drawn(*shape)
+    exact, rough = orthogonalize(matrices), orthogonalize(matrices, torch.bfloat16)
+    assert rough.dtype == torch.float32
+    along = functional.cosine_similarity(exact.flatten(1), rough.flatten(1))
+    assert along.min() > 0.999
+    values = torch.linalg.svdvals(rough)
+    assert 0.6 < values.min() <= values.max() < 1.3  # as Jordan's coefficients have it
+
+
+def test_the_switch_reaches_every_optimizer(
+    make_session: MakeSession, make_batch: MakeBatch, tiny_config: ModelConfig
+) -> None:
+    """A switch that a session accepts, and that changes nothing."""
+    batch, bits = make_batch(8, 64), {}
+    for products in ("float32", "bfloat16"):
+        session = make_session(name="muon", backend_options={"newton_schulz": products})
+        session.train_step(batch, lr=0.01).result()
+        bits[products] = dict(session.snapshot().parameters())
+        assert session.settings["newton_schulz"] == products
+    name = "model.layers.1.self_attn.o_proj.weight"  # the others have no gradient yet
+    assert (bits["float32"][name].data != bits["bfloat16"][name].data).any()
+    unchanged = "model.embed_tokens.weight"  # AdamW's
+    assert (bits["float32"][unchanged].data == bits["bfloat16"][unchanged].data).all()
+    with pytest.raises(ConfigError, match="newton_schulz = 'float64'"):
+        make_session(name="muon", backend_options={"newton_schulz": "float64"})
+
+
+def test_a_streamed_update_multiplies_as_a_resident_one(
+    make_batch: MakeBatch, tiny_config: ModelConfig
+) -> None:
+    """Guards streaming's equality with the resident session where the switch is on."""
+    table = OptimizerTable(name="muon")
+    given = {"newton_schulz": "bfloat16", "master": "split"}
+    plan = Plan(8, True, "float32", 64, 8)
+    states = []
+    for kind in (TorchSession, StreamingSession):
+        session = kind(tiny_config, SessionOptions(table, backend_options=given), plan, CPU)
+        session.train_step(make_batch(8, 64), lr=0.01).result()
+        states.append({n: t.data.copy() for n, t in session.snapshot().parameters()})
+    for name, array in states[0].items():
+        np.testing.assert_array_equal(array, states[1][name], err_msg=name)
