@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ import pytest
 from solollm_torch.backend import TorchBackend
 
 from solollm.adapted import AdapterFolder, MergedSource, as_held
-from solollm.backend import Batch, EngineOptions, HostTensor, Request
+from solollm.backend import Batch, EngineOptions, HostTensor, Request, SamplingParams
 from solollm.checkpoint import Checkpoint, latest_checkpoint
 from solollm.cli import main
 from solollm.completion import open_model
@@ -24,6 +25,9 @@ from solollm.pretraining import open_session, prepare
 from solollm.run_paths import with_paths_to
 from solollm.run_streams import open_streams
 from solollm.runs import Run
+from solollm.serving.engine_choice import EngineSettings
+from solollm.serving.server import ModelSource, ServeOptions, open_catalogue
+from solollm.serving.token_engine import TokenJob
 from solollm.tensorfile import open_weights
 
 LogitsOf = Callable[[str, Path, np.ndarray], np.ndarray]
@@ -147,3 +151,37 @@ def test_a_base_that_moved_is_asked_for(
     again = open_weights(tmp_path / "out")
     for name in again.names():
         assert np.array_equal(again.read(name).float32(), source.read(name).float32())
+
+
+def served_ids(source: Path, name: str, adapters: dict[str, Path], prompt: list[int]) -> list[int]:
+    """What the built-in engine says greedily under a name, of a worker of its own."""
+    settings = EngineSettings(engine="builtin", backend="torch", adapters=adapters)
+    catalogue, _ = open_catalogue([ModelSource(source, "own")], ServeOptions(engines=settings))
+    model = catalogue.find(name)
+    assert model.is_chat == (name != "own" or source.name == "run")
+
+    async def answered() -> list[int]:
+        await model.engine.start()
+        job = TokenJob(tuple(prompt), 12, SamplingParams(), model.stop_ids, adapter=model.adapter)
+        stream = await model.engine.open([job])
+        ids = []
+        while taken := await stream.next():
+            ids += [token.id for _, token in taken]
+        await stream.close()
+        await model.engine.stop()
+        return ids
+
+    return asyncio.run(answered())
+
+
+def test_a_tuned_run_is_served_by_itself_and_beside_its_base(tuned: Path, base: Path) -> None:
+    """Guards: an adapter's run that a server takes for no model; a run's adapter by name that
+    answers over a base held otherwise than in training."""
+    opened = open_model(tuned, backend="torch")
+    prompt = opened.tokenizer.apply_chat_template([{"role": "user", "content": "What?"}])
+    (expected,) = generate(opened.engine, [Request(prompt, 12, stop_ids=opened.stop_ids)])
+    assert served_ids(tuned, "own", {}, prompt) == list(expected.ids)
+    assert served_ids(base, "mine", {"mine": tuned}, prompt) == list(expected.ids)
+    settings = EngineSettings(engine="http://127.0.0.1:9")
+    with pytest.raises(ConfigError, match=r"vLLM serves no adapter's run .*--adapter NAME="):
+        open_catalogue([ModelSource(tuned)], ServeOptions(engines=settings))
