@@ -24,7 +24,7 @@ from solollm.errors import BackendError, ConfigError
 _START_SECONDS = 900.0  # compiling kernels for a card takes minutes
 _POLL_SECONDS = 0.25
 _MAX_PAUSE = 30.0
-_MAX_LORAS = 8  # in one batch; each takes memory of its own
+_MAX_LORAS = 8  # in one batch of a card; each takes memory of its own
 _LOG_TAIL = 12  # lines
 MODEL_NAME = "base"
 MAX_LOGPROBS = 20 + 63  # what clients may ask for, and the padding rows that may stand before them
@@ -75,7 +75,7 @@ def command_line(settings: VllmSettings, folder: Path, sock: Path) -> list[str]:
     if settings.adapters:
         rank = max(_rank(adapter) for adapter in settings.adapters.values())
         words += ["--enable-lora", "--max-lora-rank", str(_allowed_rank(rank))]
-        words += ["--max-loras", str(min(len(settings.adapters), _MAX_LORAS)), "--lora-modules"]
+        words += ["--max-loras", str(_lora_slots(settings)), "--lora-modules"]
         words += [f"{name}={path.resolve()}" for name, path in settings.adapters.items()]
     return words
 
@@ -181,6 +181,17 @@ def _link_model(checkpoint: Path, folder: Path) -> None:
     for pattern in _MODEL_FILES:
         for path in checkpoint.glob(pattern):
             (folder / path.name).symlink_to(path.resolve())
+
+
+def _lora_slots(settings: VllmSettings) -> int:
+    """How many adapters vLLM holds at once.
+
+    On a processor one more than there are: its kernels take a row without an adapter, marked -1,
+    for one of the last slot, which must therefore stay empty. That can go with the fix of
+    https://github.com/vllm-project/vllm/pull/48421 (0.32 has the fault; cards do not).
+    """
+    count = len(settings.adapters)
+    return count + 1 if settings.memory_bytes else min(count, _MAX_LORAS)
 
 
 def _rank(adapter: Path) -> int:

@@ -6,6 +6,7 @@ import json
 import socket
 import threading
 from collections.abc import Iterator
+from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
@@ -48,6 +49,9 @@ def test_adapters_are_named_with_the_largest_rank(tmp_path: Path) -> None:
     words = command_line(settings, Path("m"), Path("s"))
     assert words[words.index("--max-lora-rank") + 1] == "32"
     assert f"a={tmp_path / 'a'}" in words
+    assert words[words.index("--max-loras") + 1] == "2"
+    on_processor = command_line(replace(settings, memory_bytes=1 << 30), Path("m"), Path("s"))
+    assert on_processor[on_processor.index("--max-loras") + 1] == "3"
     (tmp_path / "c").mkdir()
     broken = VllmSettings(python=Path("p"), max_seq_len=8, adapters={"c": tmp_path / "c"})
     with pytest.raises(ConfigError, match="PEFT"):
