@@ -271,6 +271,7 @@ class MemoryCosts:
             `host_per_token_bytes` of a micro-batch.
         traffic_bytes: what crosses the link between them, the busier way, per "micro-batch" and
             per "update"; `overlaps_copies`: beside the computation.
+        update_dtype: what Muon's orthogonalisations multiply in.
     """
 
     fixed_bytes: int
@@ -285,6 +286,7 @@ class MemoryCosts:
     host_per_token_bytes: float = 0.0
     traffic_bytes: Mapping[str, int] = field(default_factory=dict)
     overlaps_copies: bool = False
+    update_dtype: ComputeDType = "float32"
 
 
 class Way(NamedTuple):

@@ -49,7 +49,7 @@ class Device:
     `memory_bytes` is what the device's allocator may fill: a card's own memory, or all unified
     memory of a Mac. `flops` is the peak in `compute_dtype`; `link` the bytes per second that
     pinned memory crosses to the card, one way; `watts` what board (or chip) and host draw under
-    load.
+    load. `float32_flops` is the peak of fp32 products that are not rounded to fewer bits first.
     """
 
     name: str
@@ -64,6 +64,7 @@ class Device:
     source: str
     host_bytes: int = 0  # memory beside the device's own; 0 where it is one
     measured_flops: float = 0.0  # what a calibration reached; 0: none
+    float32_flops: float = 0.0  # 0: as in `compute_dtype`
 
     @property
     def share(self) -> Share:
@@ -83,11 +84,18 @@ class Device:
         return self.flops * self.share.value
 
     @property
+    def float32_training_flops(self) -> float:
+        """The same for what is computed in fp32."""
+        return (self.float32_flops or self.flops) * self.share.value
+
+    @property
     def is_unified(self) -> bool:
         return self.kind != "cuda"
 
 
 _NVIDIA = "NVIDIA architecture whitepapers and product pages"
+# fp32 products over bf16 ones: cards multiply bf16 on tensor cores, and fp32 elsewhere.
+_FLOAT32_SHARES = {"geforce": 1 / 2, "a100": 19.5 / 312, "hopper": 67 / 989}
 _HOST_WATTS = 100  # processor, memory, disk and losses of the power supply beside a card
 # name: TFLOP/s bf16 with fp32 accumulation, GB, GB/s, board watts, link GB/s one way.
 _GEFORCE: dict[str, tuple[float, float, float, float, float]] = {
@@ -134,13 +142,15 @@ _DECORATION = re.compile(r"nvidia|geforce|apple|gpu|tesla|sxm\d?|pcie|hbm\w*|\d+
 
 def _cards() -> list[Device]:
     found = []
-    for family, table in (("geforce", _GEFORCE), ("", _DATACENTRE)):
+    for table in (_GEFORCE, _DATACENTRE):
         for name, (tflops, size, bandwidth, watts, link) in table.items():
+            family = "a100" if name.startswith("a100") else "hopper"
+            family = "geforce" if table is _GEFORCE else family
             found.append(
                 Device(
-                    name, "cuda", family or ("a100" if name.startswith("a100") else "hopper"),
-                    int(size * GIB), tflops * 1e12, "bfloat16", bandwidth * 1e9, link * 1e9,
-                    watts + _HOST_WATTS, _NVIDIA, DEFAULT_HOST_BYTES,
+                    name, "cuda", family, int(size * GIB), tflops * 1e12, "bfloat16",
+                    bandwidth * 1e9, link * 1e9, watts + _HOST_WATTS, _NVIDIA, DEFAULT_HOST_BYTES,
+                    float32_flops=tflops * 1e12 * _FLOAT32_SHARES[family],
                 )
             )  # fmt: skip
     return found
@@ -212,7 +222,7 @@ def this_device(machine: Machine, *, device_name: str, measured_flops: float = 0
             gpu.name, "cuda", base.family, gpu.free_bytes or gpu.memory_bytes, base.flops,
             base.compute_dtype, base.bandwidth, base.link, base.watts,
             base.source if known else "unknown card: rates of an RTX 3060; calibrate",
-            machine.available_bytes, measured_flops,
+            machine.available_bytes, measured_flops, base.float32_flops,
         )  # fmt: skip
     base = known or device("m1")
     return Device(

@@ -72,6 +72,10 @@ def forecast(
     tokens = plan.batch_size * plan.seq_len
     rate = device.training_flops
     compute = trained_flops(model, plan, options) / rate
+    slow = costs.update_dtype == "float32" != device.compute_dtype
+    compute += muon_flops(model, options.optimizer) / (
+        device.float32_training_flops if slow else rate
+    )
     reference = reference_flops(model, plan, options) / rate
     copies = copied_bytes_per_step(costs, plan) / device.link if device.link else 0.0
     estimated = max(compute, copies) if costs.overlaps_copies else compute + copies
@@ -97,13 +101,13 @@ def forecast(
 
 def trained_flops(model: ModelConfig, plan: Plan, options: SessionOptions) -> float:
     """Operations of `train_step`: passes of a forward's size over its tokens (a frozen base needs
-    no gradients of its weights), the head once more where the loss is made of log-probabilities,
-    Muon's orthogonalisations."""
+    no gradients of its weights), the head once more where the loss is made of log-probabilities.
+    Muon's orthogonalisations come to it."""
     passes = 2.0 if options.adapter is not None else 3.0
     passes += plan.activation_checkpointing
     head = 0.0 if options.objective == "lm" else 2.0 * model.vocab_size * model.hidden_size
     tokens, forward = plan.batch_size * plan.seq_len, _forward_flops(model, plan)
-    return tokens * (passes * forward + head) + muon_flops(model, options.optimizer)
+    return tokens * (passes * forward + head)
 
 
 def reference_flops(model: ModelConfig, plan: Plan, options: SessionOptions) -> float:

@@ -25,7 +25,7 @@ from solollm.config import RunConfig
 from solollm.devices import Device, device, device_table, this_device
 from solollm.drawing import drawing_of
 from solollm.errors import ConfigError, PlanError
-from solollm.forecast import Forecast, forecast, trained_flops
+from solollm.forecast import Forecast, forecast, muon_flops, trained_flops
 from solollm.hardware import Machine, read_machine
 from solollm.horizon import Shape, resolve_model, resolve_shape, session_options, settled
 from solollm.planner import (
@@ -302,7 +302,8 @@ def _calibrate(
         place.backend, shape.model, options, plan,
         sample_batch=sample_batch, steps=count,
     )  # fmt: skip
-    rate = trained_flops(shape.model, plan, options) / measured.step_seconds
+    work = trained_flops(shape.model, plan, options) + muon_flops(shape.model, options.optimizer)
+    rate = work / measured.step_seconds
     key = rate_key(place.backend.name, place.device.name, plan.compute_dtype)
     Rates().add(key, shape.model.hidden_size, rate)
     return measured

@@ -52,7 +52,13 @@ def memory_costs(
         state_bytes=state,
         allocator_per_token_bytes=lost,
         allocator_per_token_checkpointed_bytes=lost_again,
+        update_dtype=_update_dtype(options),
     )
+
+
+def _update_dtype(options: SessionOptions) -> ComputeDType:
+    asked = options.backend_options.get("newton_schulz")
+    return "bfloat16" if asked == "bfloat16" else "float32"
 
 
 def _lost_per_token(

@@ -117,3 +117,19 @@ def test_answers_are_drawn_at_the_speed_of_the_memory() -> None:
         price_per_kwh=0, step_seconds=5.0, drawing=few,
     )  # fmt: skip
     assert told.step_seconds == pytest.approx(5.0 + seconds), "a measured step draws nothing"
+
+
+def test_muon_multiplies_at_the_rate_of_its_dtype() -> None:
+    """A plan for an H200 that takes fp32 products for as fast as bf16 ones: days too short."""
+    muon = SessionOptions(OptimizerTable(name="muon"))
+    card = device("h200")
+    seconds = {}
+    for dtype in ("float32", "bfloat16"):
+        costs = replace(COSTS, update_dtype=dtype)
+        told = forecast(MODEL, PLAN, card, costs, options=muon, steps=1, price_per_kwh=0)
+        seconds[dtype] = told.step_seconds
+    flops = muon_flops(MODEL, muon.optimizer)
+    slower = flops / (67e12 * card.share.value) - flops / card.training_flops
+    assert seconds["float32"] - seconds["bfloat16"] == pytest.approx(slower)
+    mac = device("m4-max-64")
+    assert mac.float32_training_flops == mac.training_flops
