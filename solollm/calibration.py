@@ -15,9 +15,9 @@ import math
 import os
 import statistics
 import time
-from collections.abc import Callable, Mapping
-from contextlib import closing
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack, closing
+from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
@@ -109,18 +109,7 @@ def calibrate(
     micro_batches = -(-plan.batch_size // plan.micro_batch_size)
     variants = _variants(model.num_hidden_layers, micro_batches)
     count = max(LEAST_STEPS, steps // len(variants))
-    measured = {}
-    for layers in sorted({variant.layers for variant in variants}):
-        cut = model.model_copy(update={"num_hidden_layers": layers})
-        for variant in (v for v in variants if v.layers == layers):
-            at_once = rows_at_once(options.objective, plan.micro_batch_size)
-            rows = at_once * variant.micro_batches
-            smaller = replace(plan, batch_size=rows)
-            with closing(backend.train_session(cut, options, smaller)) as session:
-                if options.adapter is not None:
-                    session.import_base(InitialWeights(cut, options.seed))
-                batch = sample_batch(rows, plan.seq_len)
-                measured[variant] = _time_steps(session, batch, count)
+    measured = _measure(backend, model, options, plan, variants, count, sample_batch)
     return Calibration(
         cpu=solve({v: s.cpu for v, s in measured.items()}),
         wall=solve({v: s.wall for v, s in measured.items()}),
@@ -194,17 +183,47 @@ def _variants(layers: int, micro_batches: int) -> list[Variant]:
     return [Variant(depth, count) for depth in sorted({shallow, deep}) for count in counts]
 
 
-def _time_steps(session: TrainSession, batch: Batch, count: int) -> Seconds:
-    for _ in range(WARM_UP_STEPS):
-        session.train_step(batch, lr=1e-4).result()
-    cpu, wall = [], []
-    for _ in range(count):
-        begun_cpu, begun = time.process_time(), time.perf_counter()
-        session.train_step(batch, lr=1e-4).result()
-        _ = session.session_state  # an update that is still under way belongs to its step
-        cpu.append(time.process_time() - begun_cpu)
-        wall.append(time.perf_counter() - begun)
-    return Seconds(statistics.median(cpu), statistics.median(wall))
+def _measure(
+    backend: Backend, model: ModelConfig, options: SessionOptions, plan: Plan,
+    variants: Sequence[Variant], count: int, sample_batch: SampleBatch,
+) -> dict[Variant, Seconds]:  # fmt: skip
+    """Steps of all variants in turns: a machine that slows down on the way slows all of them, and
+    differences between them stay what they are. The sessions hold three quarters of the model."""
+    spent: dict[Variant, list[Seconds]] = {variant: [] for variant in variants}
+    with ExitStack() as stack:
+        sessions = {
+            layers: stack.enter_context(closing(_session(backend, model, options, plan, layers)))
+            for layers in sorted({variant.layers for variant in variants})
+        }
+        at_once = rows_at_once(options.objective, plan.micro_batch_size)
+        batches = {
+            micro_batches: sample_batch(at_once * micro_batches, plan.seq_len)
+            for micro_batches in {variant.micro_batches for variant in variants}
+        }
+        for turn in range(WARM_UP_STEPS + count):
+            for variant in variants:
+                one = _time_step(sessions[variant.layers], batches[variant.micro_batches])
+                if turn >= WARM_UP_STEPS:
+                    spent[variant].append(one)
+    return {variant: Seconds(*map(statistics.median, zip(*all_, strict=True)))
+            for variant, all_ in spent.items()}  # fmt: skip
+
+
+def _session(
+    backend: Backend, model: ModelConfig, options: SessionOptions, plan: Plan, layers: int
+) -> TrainSession:
+    cut = model.model_copy(update={"num_hidden_layers": layers})
+    session = backend.train_session(cut, options, plan)
+    if options.adapter is not None:
+        session.import_base(InitialWeights(cut, options.seed))
+    return session
+
+
+def _time_step(session: TrainSession, batch: Batch) -> Seconds:
+    begun_cpu, begun = time.process_time(), time.perf_counter()
+    session.train_step(batch, lr=1e-4).result()
+    _ = session.session_state  # an update that is still under way belongs to its step
+    return Seconds(time.process_time() - begun_cpu, time.perf_counter() - begun)
 
 
 class Rates:
