@@ -1,7 +1,7 @@
 """This machine's speed, measured: what one optimizer step takes here, from steps of smaller models.
 
 A step's time is a sum of parts that repeat: per update, per micro-batch, and each of them per
-layer. Steps with few layers and one or two micro-batches are enough to solve for the four parts,
+layer. Steps with few layers and one or a few micro-batches are enough to solve for the four parts,
 so a model that takes minutes per step is forecast from seconds of measuring, on any backend. The
 widths, the rows and the vocabulary are those of the model in question; only its depth is cut.
 
@@ -17,7 +17,7 @@ import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack, closing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -40,6 +40,7 @@ from solollm.preference import rows_at_once
 WARM_UP_STEPS = 1
 LEAST_STEPS = 3  # per measured variant
 _MOST_LAYERS = 8  # of the deeper variant
+_MOST_MICRO_BATCHES = 4  # of the longer variant
 # (rows, seq_len) -> a batch of that shape
 SampleBatch = Callable[[int, int], Batch]
 
@@ -109,7 +110,19 @@ def calibrate(
     micro_batches = -(-plan.batch_size // plan.micro_batch_size)
     variants = _variants(model.num_hidden_layers, micro_batches)
     count = max(LEAST_STEPS, steps // len(variants))
-    measured = _measure(backend, model, options, plan, variants, count, sample_batch)
+    at_once = rows_at_once(options.objective, plan.micro_batch_size)
+    batches = {
+        n: sample_batch(at_once * n, plan.seq_len) for n in {v.micro_batches for v in variants}
+    }
+    with ExitStack() as stack:  # half and a quarter of the model at the same time
+        sessions = {}
+        for layers in sorted({variant.layers for variant in variants}):
+            cut = model.model_copy(update={"num_hidden_layers": layers})
+            session = stack.enter_context(closing(backend.train_session(cut, options, plan)))
+            if options.adapter is not None:
+                session.import_base(InitialWeights(cut, options.seed))
+            sessions[layers] = session
+        measured = _measure(variants, sessions, batches, count)
     return Calibration(
         cpu=solve({v: s.cpu for v, s in measured.items()}),
         wall=solve({v: s.wall for v, s in measured.items()}),
@@ -176,47 +189,29 @@ def _line(values: Mapping[int, float]) -> tuple[float, float]:
 
 
 def _variants(layers: int, micro_batches: int) -> list[Variant]:
-    """Half and a quarter of the layers (both at least one and few), one and two micro-batches."""
+    """Half and a quarter of the layers (both at least one and few), one micro-batch and up to four:
+    of noise in the difference of two neighbours a plan of many would be a multiple."""
     deep = max(1, min(_MOST_LAYERS, math.ceil(layers / 2)))
     shallow = max(1, deep // 2)
-    counts = (1, 2) if micro_batches > 1 else (1,)
+    counts = sorted({1, min(_MOST_MICRO_BATCHES, micro_batches)})
     return [Variant(depth, count) for depth in sorted({shallow, deep}) for count in counts]
 
 
 def _measure(
-    backend: Backend, model: ModelConfig, options: SessionOptions, plan: Plan,
-    variants: Sequence[Variant], count: int, sample_batch: SampleBatch,
+    variants: Sequence[Variant], sessions: Mapping[int, TrainSession],
+    batches: Mapping[int, Batch], count: int,
 ) -> dict[Variant, Seconds]:  # fmt: skip
     """Steps of all variants in turns: a machine that slows down on the way slows all of them, and
-    differences between them stay what they are. The sessions hold three quarters of the model."""
+    differences between them stay what they are. `sessions` by layers, `batches` by
+    micro-batches."""
     spent: dict[Variant, list[Seconds]] = {variant: [] for variant in variants}
-    with ExitStack() as stack:
-        sessions = {
-            layers: stack.enter_context(closing(_session(backend, model, options, plan, layers)))
-            for layers in sorted({variant.layers for variant in variants})
-        }
-        at_once = rows_at_once(options.objective, plan.micro_batch_size)
-        batches = {
-            micro_batches: sample_batch(at_once * micro_batches, plan.seq_len)
-            for micro_batches in {variant.micro_batches for variant in variants}
-        }
-        for turn in range(WARM_UP_STEPS + count):
-            for variant in variants:
-                one = _time_step(sessions[variant.layers], batches[variant.micro_batches])
-                if turn >= WARM_UP_STEPS:
-                    spent[variant].append(one)
+    for turn in range(WARM_UP_STEPS + count):
+        for variant in variants:
+            one = _time_step(sessions[variant.layers], batches[variant.micro_batches])
+            if turn >= WARM_UP_STEPS:
+                spent[variant].append(one)
     return {variant: Seconds(*map(statistics.median, zip(*all_, strict=True)))
             for variant, all_ in spent.items()}  # fmt: skip
-
-
-def _session(
-    backend: Backend, model: ModelConfig, options: SessionOptions, plan: Plan, layers: int
-) -> TrainSession:
-    cut = model.model_copy(update={"num_hidden_layers": layers})
-    session = backend.train_session(cut, options, plan)
-    if options.adapter is not None:
-        session.import_base(InitialWeights(cut, options.seed))
-    return session
 
 
 def _time_step(session: TrainSession, batch: Batch) -> Seconds:

@@ -4,7 +4,7 @@
     python tools/check_plan.py time --steps 200  calibrated from cut models, then really run
 
 `memory` compares plan and peak, both above what the process held when the framework was imported.
-`time` calibrates (`solollm.calibration`: half and a quarter of the layers, one and two
+`time` calibrates (`solollm.calibration`: half and a quarter of the layers, one and up to four
 micro-batches) and then runs the whole shape, so no shape is compared with a measurement of itself.
 Both print one line of JSON per shape.
 """
@@ -53,7 +53,7 @@ def main() -> int:
     parser.add_argument("part", choices=("memory", "time"))
     parser.add_argument("--only", default="", help="one shape by name")
     parser.add_argument("--steps", type=int, default=200)
-    parser.add_argument("--calibrate", type=int, default=40, help="steps of measuring")
+    parser.add_argument("--calibrate", type=int, default=80, help="steps of measuring")
     arguments = parser.parse_args()
     shapes = MEMORY if arguments.part == "memory" else TIME
     if arguments.only:
