@@ -121,6 +121,29 @@ def test_checkpointing_lowers_the_peak(
     assert frugal < 0.6 * plain
 
 
+def test_the_bound_of_a_step_forgets_the_update_before(
+    make_session: MakeSession, make_batch: MakeBatch, monkeypatch: pytest.MonkeyPatch,
+    tiny_config: ModelConfig,
+) -> None:  # fmt: skip
+    """Guards the run-ahead's bound: taken while an update is under way it holds a state twice, and
+    two steps in a row peak higher than one."""
+    model = tiny_config.model_copy(update={"hidden_size": 256, "intermediate_size": 1024})
+    session, batch = make_session(model), make_batch(1, 8)
+    session.train_step(batch, lr=1e-3).result()
+    bounds: list[int] = []
+    set_limit = mx.set_memory_limit
+
+    def noted(size: int) -> int:
+        bounds.append(size)
+        return int(set_limit(size))
+
+    monkeypatch.setattr(mx, "set_memory_limit", noted)
+    session.train_step(batch, lr=1e-3)
+    session.train_step(batch, lr=1e-3).result()
+    first, _, _, second, _, _ = bounds  # each step: set, set to the smaller one, set back
+    assert second < first + (1 << 16)
+
+
 def test_an_update_does_not_hold_the_state_twice(
     make_session: MakeSession, make_batch: MakeBatch, monkeypatch: pytest.MonkeyPatch,
     tiny_config: ModelConfig,
