@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import signal
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
@@ -164,6 +166,8 @@ def serve(
     counts = [int(part) for part in users.split(",") if part.strip().isdigit()]
     if len(counts) != len(users.split(",")):
         raise click.UsageError(f"--users {users!r} is not numbers with commas between")
+    # Its servers end with it, whoever ends it.
+    signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
     terminal = console(stderr=True)
     with terminal.status("starting") as status:
         measured = bench_serve(
@@ -187,6 +191,8 @@ def serve(
                 f"{result.tokens_per_cpu_second:,.0f}", f"{result.goodput:.2f}",
             )  # fmt: skip
     console().print(table)
+    for name, why in measured.missing.items():
+        console().print(f"{name} did not start: {why}", markup=False)
     for name in list(measured.stacks)[1:]:
         console().print(
             f"{name} gave the text of {next(iter(measured.stacks))} in"

@@ -43,9 +43,11 @@ _NAME = "model"
 
 @dataclass(frozen=True)
 class ServeBenchmark:
-    """Results by stack, in the order of `users`."""
+    """Results by stack, in the order of `users`; `missing`: why a stack that is here did not start,
+    by stack."""
 
     stacks: dict[str, tuple[LoadResult, ...]]
+    missing: dict[str, str]
     users: tuple[int, ...]
     prompt_tokens: int
     new_tokens: int
@@ -71,6 +73,7 @@ class ServeBenchmark:
             "prompt_tokens": self.prompt_tokens, "new_tokens": self.new_tokens,
             "max_batch_size": self.max_batch_size,
             "agreement": {name: self.agreement(name) for name in self.stacks},
+            "missing": self.missing,
             "stacks": {name: [r.to_json() for r in of] for name, of in self.stacks.items()},
         }  # fmt: skip
 
@@ -90,7 +93,8 @@ def bench_serve(
 
     Raises:
         ConfigError: an unknown stack, or one that is not here; prompts that do not fit.
-        BackendError: a stack that does not start, or does not answer.
+        BackendError: a stack that does not answer, or a named one, or the only one, that does not
+            start.
     """
     side = read_text_side(path)
     load = load or Load(1)
@@ -103,13 +107,18 @@ def bench_serve(
     chosen = _chosen(stacks, vllm_python)
     per_user = 1 + load.requests_per_user  # the first to warm up
     prompts = iter(_prompts(side, prompt_tokens, per_user * sum(users)))
-    results: dict[str, list[LoadResult]] = {name: [] for name in chosen}
+    results: dict[str, list[LoadResult]] = {}
     with contextlib.ExitStack() as running:
-        servers = {}
+        servers, missing = {}, dict[str, str]()
         for name in chosen:
             tell(f"starting {name}")
             opened = _running(name, side, max_batch_size, vllm_python)
-            servers[name] = running.enter_context(opened)
+            try:
+                servers[name] = running.enter_context(opened)
+            except BackendError as error:
+                if stacks or len(chosen) == 1:
+                    raise
+                missing[name] = str(error)
         for count in users:
             sized = replace(load, users=count)
             first = list(itertools.islice(prompts, count))
@@ -117,9 +126,12 @@ def bench_serve(
             for name, (target, cpu) in servers.items():
                 tell(f"{name}: {count} users")
                 run_load(target, replace(sized, requests_per_user=1), first, cpu_seconds=cpu)
-                results[name].append(run_load(target, sized, own, cpu_seconds=cpu))
+                result = run_load(target, sized, own, cpu_seconds=cpu)
+                results.setdefault(name, []).append(result)
     done = {name: tuple(of) for name, of in results.items()}
-    return ServeBenchmark(done, tuple(users), prompt_tokens, load.new_tokens, max_batch_size)
+    return ServeBenchmark(
+        done, missing, tuple(users), prompt_tokens, load.new_tokens, max_batch_size
+    )
 
 
 def _chosen(stacks: Sequence[str], vllm_python: Path | None) -> list[str]:
