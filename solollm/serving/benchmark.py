@@ -125,8 +125,11 @@ def bench_serve(
             own = list(itertools.islice(prompts, count * load.requests_per_user))
             for name, (target, cpu) in servers.items():
                 tell(f"{name}: {count} users")
-                run_load(target, replace(sized, requests_per_user=1), first, cpu_seconds=cpu)
-                result = run_load(target, sized, own, cpu_seconds=cpu)
+                try:
+                    run_load(target, replace(sized, requests_per_user=1), first, cpu_seconds=cpu)
+                    result = run_load(target, sized, own, cpu_seconds=cpu)
+                except BackendError as error:
+                    raise BackendError(f"{name} at {count} users", why=str(error)) from error
                 results.setdefault(name, []).append(result)
     done = {name: tuple(of) for name, of in results.items()}
     return ServeBenchmark(
