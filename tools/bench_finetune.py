@@ -147,6 +147,7 @@ def compare(
     for _ in range(count):
         for name, process in children.items():
             found[name].append(Turn(*answer(process, ask=True)))
+            print(f"{name}: {tokens / found[name][-1].seconds:.1f}", flush=True)
     for process in children.values():
         process.communicate()
     rates = {name: [tokens / turn.seconds for turn in turns] for name, turns in found.items()}
