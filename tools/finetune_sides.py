@@ -91,7 +91,7 @@ def our_turns(work: Work, count: int) -> None:
     session.train_step(warm_up(), lr=LR).result()  # the first step allocates
     say(None)
     for _ in range(count):
-        sys.stdin.readline()
+        wait()
         begun = time.process_time()
         losses = [session.train_step(batch, lr=LR).result().loss for batch in work.batches]
         say(Turn(time.process_time() - begun, losses[0]))
@@ -107,7 +107,7 @@ def peer_turns(work: Work, count: int) -> None:
         if position > 0 and (position - 1) % len(work.batches) == 0:
             if position == 1:
                 say(None)
-            sys.stdin.readline()
+            wait()
             seconds, losses = 0.0, []
         begun = time.process_time()
 
@@ -120,6 +120,12 @@ def peer_turns(work: Work, count: int) -> None:
         position += 1
 
     Peer().train(steps, before, after)
+
+
+def wait() -> None:
+    """Until told to go on, or to end because nobody asks any more."""
+    if not sys.stdin.readline():
+        raise SystemExit(0)
 
 
 def say(turn: Turn | None) -> None:
