@@ -178,6 +178,6 @@ def test_weights_lie_on_the_host_and_shards_are_views() -> None:
 def test_one_rank_orthogonalises_what_it_has() -> None:
     """Newton-Schulz of rows instead of the matrix leaves them far from orthogonal."""
     matrix = torch.randn(8, 12, generator=torch.Generator().manual_seed(0))
-    (rows,) = orthogonal_rows([matrix], [Part((8, 12), ((0, 8),), 0, 0)])
+    (rows,) = orthogonal_rows([matrix], [Part((8, 12), ((0, 8),), 0, 0)], torch.float32)
     singular = torch.linalg.svdvals(rows)
     assert 0.6 < float(singular.min()) <= float(singular.max()) < 1.3
