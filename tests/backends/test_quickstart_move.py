@@ -39,6 +39,7 @@ class Listener:
     def text(self, prompt: str, continuation: str) -> None: ...
 
 
+@pytest.mark.slow
 def test_a_run_moves_there_and_back_and_says_how_far_it_strayed(tmp_path: Path) -> None:
     """A tour that shows a certificate of nothing, or that never comes back."""
     pytest.importorskip("torch", reason="needs both backends")

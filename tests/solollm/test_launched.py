@@ -111,6 +111,7 @@ class StopAt:
             os.kill(os.getpid(), signal.SIGTERM)
 
 
+@pytest.mark.slow
 def test_two_ranks_stop_together_lose_one_and_one_goes_on(tmp_path: Path, settings: Path) -> None:
     """Two writers of one run; a signal that reaches one and leaves the other waiting; a death that
     nobody tells of; a checkpoint of two ranks that one process cannot go on with."""

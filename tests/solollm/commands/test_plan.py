@@ -42,6 +42,7 @@ def test_a_plan_for_a_card_says_all_it_promises() -> None:
     assert "projection" in text
 
 
+@pytest.mark.slow
 def test_hours_choose_a_larger_model_for_a_faster_device() -> None:
     """`--hours` that ignores the device it was asked for."""
     slow = _json("--hours", "24", "--device", "rtx-3060")
@@ -78,6 +79,7 @@ def test_a_calibration_measures_and_is_remembered(tmp_path: Path) -> None:
     assert _json(*asked)["is_measured"]
 
 
+@pytest.mark.slow
 def test_a_comparison_lists_devices_that_fit_and_that_do_not() -> None:
     """Devices that cannot hold the model missing from the table, as if nobody had asked."""
     found = _json("--preset", "7b", "--compare")

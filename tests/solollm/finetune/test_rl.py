@@ -148,7 +148,10 @@ def test_grpo_raises_its_reward(grpo: MakeConfig, tmp_path: Path, backend: str) 
     assert all(row["reward_timeouts"] == 0 for row in trained(tmp_path / "run"))
 
 
-@pytest.mark.parametrize("backend", AVAILABLE)
+@pytest.mark.parametrize(
+    "backend",
+    [pytest.param(name, marks=pytest.mark.slow if name == "mlx" else ()) for name in AVAILABLE],
+)
 def test_a_stopped_grpo_draws_the_same_answers(
     grpo: MakeConfig, tmp_path: Path, backend: str
 ) -> None:

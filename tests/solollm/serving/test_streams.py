@@ -58,7 +58,7 @@ async def _first_gap(client: httpx.AsyncClient, prompt: str, text: str) -> float
     return 0.0
 
 
-@pytest.mark.parametrize("backend", ["torch", "mlx"])
+@pytest.mark.parametrize("backend", ["torch", pytest.param("mlx", marks=pytest.mark.slow)])
 def test_streams_are_whole_and_their_own(backend: str, serving: Callable[..., Any]) -> None:
     """Tokens that go to the wrong client, or get lost when another one leaves or does not read."""
     server = serving(backend)
