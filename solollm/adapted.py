@@ -16,6 +16,7 @@ from solollm import nf4_codec
 from solollm.adapters import (
     ADAPTER_CONFIG,
     ADAPTER_WEIGHTS,
+    BASE,
     AdapterOptions,
     adapter_pairs,
     adapter_table,
@@ -33,12 +34,10 @@ from solollm.mlx_lm_layout import (
     read_mlx_lm_config,
     transposed,
 )
-from solollm.strictfile import parse_json, read_bytes, refused
-from solollm.tensorfile import TensorFile, is_finite
+from solollm.strictfile import read_table, refused
+from solollm.tensorfile import FLOATS, TensorFile, is_finite
 
-BASE = "base.json"
 _AFFINE_GROUP = 64
-_FLOATS = ("F32", "F16", "BF16")
 
 
 class Factors(NamedTuple):
@@ -58,8 +57,8 @@ class AdapterFolder:
     def __init__(self, folder: Path, model: ModelConfig) -> None:
         """Raises ConfigError for an adapter that is not computed here, IntegrityError for damaged
         files and for an adapter of another model."""
-        config = _table(folder / ADAPTER_CONFIG)
-        base = _table(folder / BASE) if (folder / BASE).is_file() else {}
+        config = read_table(folder / ADAPTER_CONFIG)
+        base = read_table(folder / BASE) if (folder / BASE).is_file() else {}
         self.folder, self.codec = folder, str(base.get("codec", ""))
         found = read_factors(config, model, folder, locate=lambda name: folder / name)
         self.options, self.factors = found.options, found.arrays
@@ -194,7 +193,7 @@ def _read(folder: Path, name: str, locate: Callable[[str], Path]) -> dict[str, n
     with TensorFile(path, follow_links=False) as file:
         for tensor_name in file.names():
             tensor = file.read(tensor_name)
-            if tensor.dtype not in _FLOATS or len(tensor.shape) != 2:
+            if tensor.dtype not in FLOATS or len(tensor.shape) != 2:
                 reason = f"is {tensor.dtype} {tensor.shape}, no matrix of floating values"
                 raise refused(path, f"tensor {tensor_name!r}", reason)
             if not is_finite(tensor):
@@ -215,10 +214,3 @@ def _require_fitting(
         if arrays[name].shape != shape:
             reason = f"has shape {arrays[name].shape}, this base and rank need {shape}"
             raise refused(folder, f"tensor {name!r}", reason, fix=fix)
-
-
-def _table(path: Path) -> dict[str, object]:
-    table = parse_json(read_bytes(path), path)
-    if not isinstance(table, dict):
-        raise refused(path, "the JSON text", "is no table")
-    return table

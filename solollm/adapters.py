@@ -22,6 +22,7 @@ from solollm.errors import ConfigError
 
 PEFT_PREFIX = "base_model.model."
 ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+BASE = "base.json"  # of a run's adapter: which base it belongs to
 TargetModule = Literal["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 TARGET_MODULES: tuple[TargetModule, ...] = get_args(TargetModule)
 MAX_RANK = 4096

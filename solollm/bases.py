@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from solollm.adapters import BASE
 from solollm.errors import ConfigError
-from solollm.frozen_base import BASE, BaseRecord, BaseSource
+from solollm.frozen_base import BaseRecord, BaseSource
 from solollm.runs import Run
 from solollm.strictfile import parse_json, read_bytes, refused
 from solollm.tensorfile import open_weights

@@ -211,7 +211,7 @@ def bench_train(
     Raises:
         BackendError, ConfigError: a way or a stack that this machine cannot.
     """
-    work = _with_room(work)
+    work = replace(work, model=with_room(work.model, work.seq_len))
     peers = backend.peers()
     installed = [name for name, lacks in peers.items() if not lacks]
     makers, planned = _our_sessions(backend, work, ways, options or {})
@@ -340,10 +340,6 @@ def with_room(model: ModelConfig, seq_len: int) -> ModelConfig:
     """The model with a context of at least `seq_len`."""
     longest = max(seq_len, model.max_position_embeddings)
     return model.model_copy(update={"max_position_embeddings": longest})
-
-
-def _with_room(work: Work) -> Work:
-    return replace(work, model=with_room(work.model, work.seq_len))
 
 
 def warm(

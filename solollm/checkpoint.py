@@ -19,17 +19,12 @@ from typing import Any, Literal, NamedTuple, TypeVar
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from solollm import durable
-from solollm.adapters import (
-    ADAPTER_CONFIG,
-    ADAPTER_WEIGHTS,
-    AdapterOptions,
-    trained_table,
-)
+from solollm.adapters import ADAPTER_CONFIG, ADAPTER_WEIGHTS, BASE, AdapterOptions, trained_table
 from solollm.architecture import ModelConfig
 from solollm.backend import HostTensor, Snapshot, TensorSource
 from solollm.certificate import Certificate, CertifiedSource, Continuation
 from solollm.errors import BackendError, ConfigError, IntegrityError, StorageError
-from solollm.frozen_base import BASE, BaseRecord, TrainedAdapter
+from solollm.frozen_base import BaseRecord, TrainedAdapter
 from solollm.manifest import MANIFEST, Manifest, ManifestWriter, read_manifest, refuse_newer
 from solollm.strictfile import parse_json, refused
 from solollm.tensorfile import (

@@ -29,7 +29,11 @@ class Dialogue(ABC):
         text: in completion mode, the document so far.
     """
 
-    def __init__(self, mode: Mode, *, is_chat: bool) -> None:
+    def __init__(
+        self, mode: Mode, *, is_chat: bool, sampling: SamplingParams, max_new_tokens: int
+    ) -> None:
+        self._sampling = sampling
+        self._max_new_tokens = max_new_tokens
         if mode == "auto":
             mode = "chat" if is_chat else "completion"
         self.mode: Literal["chat", "completion"] = mode
@@ -68,6 +72,17 @@ class Dialogue(ABC):
             self.messages.append({"role": "assistant", "content": answer})
         else:
             self.text += answer
+        # The next turn draws from other random numbers, even when it is the same text.
+        self._sampling = replace(self._sampling, seed=self._sampling.seed + 1)
+
+    def _document(self, text: str) -> str:
+        """The document, with one more turn."""
+        return f"{self.text}\n{text}" if self.text else text
+
+    @staticmethod
+    def _require_text(text: str) -> None:
+        if not text.strip():
+            raise ConfigError("the message is empty", fix="type something")
 
 
 class ChatSession(Dialogue):
@@ -84,22 +99,21 @@ class ChatSession(Dialogue):
     ) -> None:
         """Raises ConfigError where the chat mode is asked of a tokenizer without a template, or a
         system prompt of a model that only continues text."""
-        super().__init__(mode, is_chat=model.is_chat)
+        super().__init__(
+            mode, is_chat=model.is_chat, sampling=sampling, max_new_tokens=max_new_tokens
+        )
         if self.mode == "chat":
             _ = model.tokenizer.chat_template  # raises where there is none
         if max_new_tokens < 1:
             raise ConfigError(f"max_new_tokens {max_new_tokens} leaves no room for an answer")
         self._model = model
-        self._sampling = sampling
-        self._max_new_tokens = max_new_tokens
         # One decoder for the whole conversation: it keeps what it computed for earlier turns.
         self._decoder = model.engine.open()
         if system:
             self.set_system(system)
 
     def ask(self, text: str) -> Generator[str, None, None]:
-        if not text.strip():
-            raise ConfigError("the message is empty", fix="type something")
+        self._require_text(text)
         prompt = self._chat_prompt(text) if self.mode == "chat" else self._document_prompt(text)
         request = Request(prompt, self._max_new_tokens, self._sampling, self._model.stop_ids)
         return self._answer(request)
@@ -115,8 +129,6 @@ class ChatSession(Dialogue):
         finally:
             events.close()
             self._remember("".join(pieces))
-            # The next turn draws from other random numbers, even when it is the same text.
-            self._sampling = replace(self._sampling, seed=self._sampling.seed + 1)
 
     @property
     def _room(self) -> int:
@@ -143,7 +155,7 @@ class ChatSession(Dialogue):
 
     def _document_prompt(self, text: str) -> list[int]:
         tokenizer = self._model.tokenizer
-        document = f"{self.text}\n{text}" if self.text else text
+        document = self._document(text)
         ids = tokenizer.encode(document)
         self.text = document
         return [tokenizer.bos_id, *ids[-(self._room - 1) :]]

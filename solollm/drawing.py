@@ -49,6 +49,11 @@ def drawing_of(config: RunConfig, batch_size: int, seq_len: int) -> Drawing | No
     )
 
 
+def forward_flops(model: ModelConfig, plan: Plan) -> float:
+    """Per token: a third of forward and backward."""
+    return model.flops_per_token(plan.seq_len) / 3
+
+
 def token_seconds(model: ModelConfig, device: Device, *, item_bytes: float) -> float:
     """The least that one token of one sequence takes: the weights that multiply, read once."""
     return item_bytes * model.num_matrix_parameters() / device.bandwidth
@@ -58,7 +63,7 @@ def drawing_seconds(model: ModelConfig, drawing: Drawing, plan: Plan, device: De
     """Of one step: prompts are read once per group; then the weights, and what is cached, are read
     once per round, or multiplied with, whichever takes longer; then each token is chosen."""
     item = _ITEM_BYTES[plan.compute_dtype]
-    forward = model.flops_per_token(plan.seq_len) / 3
+    forward = forward_flops(model, plan)
     prompt_tokens = max(1, plan.seq_len - drawing.new_tokens)
     reading = drawing.prompts * prompt_tokens * forward / device.training_flops
     cached = 2 * item * model.num_hidden_layers * model.num_key_value_heads * model.head_dim

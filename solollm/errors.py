@@ -19,7 +19,8 @@ raises; only `solollm.commands` prints and exits. `assert` is for our own bugs.
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 
 
 class SoloLLMError(Exception):
@@ -73,6 +74,18 @@ class RankLost(BackendError):
             fix="its own messages say why; `solollm resume` under the same launcher goes on",
         )
         self.is_told = is_told
+
+
+@contextmanager
+def rank_lost_on(signs: Sequence[str]) -> Iterator[None]:
+    """Raise RankLost for a RuntimeError that says one of `signs`: frameworks have no type of their
+    own for a process that is gone."""
+    try:
+        yield
+    except RuntimeError as error:
+        if any(sign in str(error) for sign in signs):
+            raise RankLost(str(error).splitlines()[0][:300]) from error
+        raise
 
 
 class StorageError(SoloLLMError):

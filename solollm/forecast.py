@@ -14,7 +14,7 @@ from solollm.architecture import ModelConfig, parameter_table
 from solollm.backend import MemoryCosts, Plan, SessionOptions
 from solollm.config import OptimizerTable
 from solollm.devices import Device
-from solollm.drawing import Drawing, drawing_seconds
+from solollm.drawing import Drawing, drawing_seconds, forward_flops
 
 NEWTON_SCHULZ_STEPS = 5  # of Muon, as both backends take them
 _SECONDS_PER_HOUR = 3600.0
@@ -106,7 +106,7 @@ def trained_flops(model: ModelConfig, plan: Plan, options: SessionOptions) -> fl
     passes = 2.0 if options.adapter is not None else 3.0
     passes += plan.activation_checkpointing
     head = 0.0 if options.objective == "lm" else 2.0 * model.vocab_size * model.hidden_size
-    tokens, forward = plan.batch_size * plan.seq_len, _forward_flops(model, plan)
+    tokens, forward = plan.batch_size * plan.seq_len, forward_flops(model, plan)
     return tokens * (passes * forward + head)
 
 
@@ -114,12 +114,7 @@ def reference_flops(model: ModelConfig, plan: Plan, options: SessionOptions) -> 
     """Of the forward pass that DPO's reference takes per step, and that of GRPO's KL term. DPO
     keeps what it found: from the second epoch on there is none."""
     needed = options.objective == "dpo" or (options.objective == "grpo" and options.beta > 0)
-    return needed * plan.batch_size * plan.seq_len * _forward_flops(model, plan)
-
-
-def _forward_flops(model: ModelConfig, plan: Plan) -> float:
-    """Per token: a third of forward and backward."""
-    return model.flops_per_token(plan.seq_len) / 3
+    return needed * plan.batch_size * plan.seq_len * forward_flops(model, plan)
 
 
 def copied_bytes_per_step(costs: MemoryCosts, plan: Plan) -> int:

@@ -12,14 +12,12 @@ from typing import Any, Literal, NamedTuple
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from solollm.adapters import ADAPTER_CONFIG, AdapterOptions, peft_config, read_peft_config
+from solollm.adapters import ADAPTER_CONFIG, BASE, AdapterOptions, peft_config, read_peft_config
 from solollm.architecture import ModelConfig
 from solollm.backend import HostTensor, TensorSource
 from solollm.certificate import Digest
 from solollm.errors import IntegrityError
 from solollm.tensorfile import tensor_digest
-
-BASE = "base.json"
 
 
 class BaseRecord(BaseModel):

@@ -16,7 +16,7 @@ from solollm.architecture import ModelConfig
 from solollm.backend import HostTensor
 from solollm.data.placement import swept
 from solollm.errors import ConfigError
-from solollm.strictfile import encode_json, parse_json, read_bytes, refused
+from solollm.strictfile import encode_json, read_table, refused
 from solollm.tensorfile import (
     FOR_TRANSFORMERS,
     INDEX,
@@ -119,14 +119,6 @@ def read_origin(folder: Path) -> Origin | None:
     if not all(isinstance(field, str) and field.isprintable() for field in fields):
         raise refused(path, "the JSON text", f"is not {', '.join(Origin._fields)}")
     return Origin(*map(str, fields))
-
-
-def read_table(path: Path) -> dict[str, Any]:
-    """A JSON object from a file. Raises IntegrityError."""
-    table = parse_json(read_bytes(path), path)
-    if not isinstance(table, dict):
-        raise refused(path, "the JSON text", "is no table")
-    return table
 
 
 def read_model(raw: Mapping[str, Any], path: Path) -> ModelConfig:

@@ -292,7 +292,7 @@ def open_session(
 
 def _go_on(
     run: Run, start: Start, session: TrainSession, *, stream: StepStream,
-    environment: Environment, codec: str = "",
+    environment: Environment, codec: str,
 ) -> list[Row]:  # fmt: skip
     """Prove that the run goes on as it would have, and tell what is not as it was, as events.
     `codec`: of the frozen base now. Raises IntegrityError, with nothing of the run changed."""

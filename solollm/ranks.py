@@ -69,13 +69,12 @@ class Watched(Ranks):
 
     def __init__(self, ranks: Ranks, patience: Patience) -> None:
         """Collective. Raises BackendError where the ranks do not reach each other."""
-        self._ranks, self._run = ranks, None
+        self._ranks = ranks
+        self._run: Run | None = None
         self.rank, self.world_size = ranks.rank, ranks.world_size
         self.local_world_size, self.host = ranks.local_world_size, ranks.host
         links = connect(self.rank, self.host, ranks.gather, seconds=patience.silent_seconds)
         self.lifeline = Lifeline(links, patience, note=self._note, end=self._end)
-
-    _run: Run | None
 
     def speak_for(self, run: Run) -> None:
         """From now on a loss is written down in this run."""

@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 from collections.abc import Generator, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import replace
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -21,7 +20,6 @@ from solollm.dialogue import Dialogue, Mode
 from solollm.errors import BackendError, ConfigError, nearest
 
 _CONNECT_SECONDS = 10.0
-_MAX_CARDS_BYTES = 1 << 20
 _TOO_LONG = "context_length_exceeded"
 
 
@@ -98,13 +96,14 @@ class RemoteModel:
         with self._reached():
             answer = self._client.get("/v1/models")
         if answer.status_code in (401, 403):
+            refusal = TurnRefused.of(answer.status_code, answer.content)
             raise ConfigError(
-                f"{self.url} refuses this key", why=TurnRefused.of(0, answer.content).what,
+                f"{self.url} refuses this key", why=refusal.what,
                 fix="give its key: --key-file FILE, or SOLOLLM_API_KEY",
             )  # fmt: skip
         if answer.status_code != 200:
             raise TurnRefused.of(answer.status_code, answer.content)
-        cards = _table(answer.content[:_MAX_CARDS_BYTES]).get("data")
+        cards = _table(answer.content).get("data")
         listed = cards if isinstance(cards, list) else []
         named = [c for c in listed if isinstance(c, dict) and isinstance(c.get("id"), str)]
         if not named:
@@ -157,8 +156,10 @@ class RemoteSession(Dialogue):
         max_new_tokens: int = DEFAULT_NEW_TOKENS,
     ) -> None:
         """Raises ConfigError for a system prompt of a model that only continues text."""
-        super().__init__(mode, is_chat=model.is_chat)
-        self._model, self._sampling, self._max_new_tokens = model, sampling, max_new_tokens
+        super().__init__(
+            mode, is_chat=model.is_chat, sampling=sampling, max_new_tokens=max_new_tokens
+        )
+        self._model = model
         if system:
             self.set_system(system)
 
@@ -169,8 +170,7 @@ class RemoteSession(Dialogue):
             ConfigError: an empty turn, or one that the server refuses.
             BackendError: the server is gone, or its answer broke off.
         """
-        if not text.strip():
-            raise ConfigError("the message is empty", fix="type something")
+        self._require_text(text)
         return self._answer(text)
 
     def _answer(self, text: str) -> Generator[str, None, None]:
@@ -198,8 +198,6 @@ class RemoteSession(Dialogue):
         else:
             self.text = self._document(text)
         self._remember("".join(pieces))
-        # The next turn draws from other random numbers, even when it is the same text.
-        self._sampling = replace(self._sampling, seed=self._sampling.seed + 1)
 
     def _events(self, text: str) -> Generator[dict[str, Any], None, None]:
         """The answer's events, asked for with as much of the conversation as the server takes."""
@@ -217,9 +215,6 @@ class RemoteSession(Dialogue):
             turns = [*self.messages, {"role": "user", "content": text}]
             return "/v1/chat/completions", {"messages": turns, **body}
         return "/v1/completions", {"prompt": self._document(text), **body}
-
-    def _document(self, text: str) -> str:
-        return f"{self.text}\n{text}" if self.text else text
 
     def _forget_oldest(self) -> bool:
         """Drop the oldest question and answer, or half of the document; False: nothing is left."""

@@ -9,13 +9,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from solollm.adapters import AdapterOptions, codec_of
+from solollm.adapters import BASE, AdapterOptions, codec_of
 from solollm.architecture import ModelConfig
 from solollm.backend import Backend, TensorSource, TrainSession
 from solollm.config import ModelTable
 from solollm.errors import ConfigError, IntegrityError
 from solollm.frozen_base import (
-    BASE,
     BaseRecord,
     BaseSource,
     TrainedAdapter,

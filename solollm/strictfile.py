@@ -80,6 +80,14 @@ def parse_json(
         raise refused(path, place, str(error)[:200]) from None
 
 
+def read_table(path: Path) -> dict[str, Any]:
+    """A JSON object from a file. Raises IntegrityError."""
+    table = parse_json(read_bytes(path), path)
+    if not isinstance(table, dict):
+        raise refused(path, "the JSON text", "is no table")
+    return table
+
+
 def strict_json(content: bytes | bytearray | memoryview) -> Any:
     """`parse_json` of what came from elsewhere than a file. Raises ValueError."""
     try:

@@ -36,7 +36,7 @@ from solollm.tensorheader import (
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 FOR_TRANSFORMERS = {"format": "pt"}  # metadata of weights: it refuses a file without this line
-_FLOATS = ("F32", "F16", "BF16")
+FLOATS = ("F32", "F16", "BF16")
 _HASH_BYTES = 1 << 24
 _THREADED_BYTES = 1 << 25
 _MAX_SHARDS = 512
@@ -101,7 +101,7 @@ class TensorFile:
     def row(self, name: str, index: int) -> np.ndarray:
         """Row `index` of a matrix of floats, as float32, without reading the rest."""
         info = self.info(name)
-        if info.dtype not in _FLOATS or len(info.shape) != 2 or not 0 <= index < info.shape[0]:
+        if info.dtype not in FLOATS or len(info.shape) != 2 or not 0 <= index < info.shape[0]:
             raise refused(self.path, f"tensor {name!r}", f"has no row {index} of numbers")
         data = np.empty(info.shape[1], BITS_DTYPE[info.dtype])
         read_at(self._fd, _as_bytes(data), info.begin + index * data.nbytes, self.path)
@@ -171,7 +171,7 @@ class Weights:
     def read(self, name: str) -> HostTensor:
         file = self._file(name)
         dtype = file.info(name).dtype
-        if dtype not in _FLOATS:
+        if dtype not in FLOATS:
             raise refused(file.path, f"tensor {name!r}", f"{dtype} is no dtype of weights")
         tensor = file.read(name)
         if not is_finite(tensor):
@@ -322,7 +322,7 @@ def tensor_digest(tensor: HostTensor) -> str:
 def is_finite(tensor: HostTensor) -> bool:
     """Whether a tensor holds no NaN and no infinity (integers never do)."""
     data = tensor.data
-    if tensor.dtype not in _FLOATS or not data.size:
+    if tensor.dtype not in FLOATS or not data.size:
         return True
     if tensor.dtype == "BF16":
         return bool(((data & 0x7F80) != 0x7F80).all())

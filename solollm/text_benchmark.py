@@ -22,7 +22,7 @@ import numpy as np
 
 from solollm.architecture import ModelConfig
 from solollm.backend import Backend, Batch, Peer, Plan, SessionOptions, TrainSession
-from solollm.benchmark import DEFAULT_MODEL, LR, OURS, TABLE, warm, with_room
+from solollm.benchmark import DEFAULT_MODEL, LR, OURS, TABLE, Ours, warm, with_room
 from solollm.errors import DataError
 from solollm.tokenizer_training import train_tokenizer
 
@@ -84,25 +84,23 @@ class TextBenchmark:
         return {**asdict(self), "ratios": ratios}
 
 
-class _Packed(Peer):
+class _Packed(Ours):
     """Our session, reading documents packed into full rows; what fills none waits for the next
     documents, as in a training run. `targets`: of all steps so far."""
 
     def __init__(self, session: TrainSession, rows: int, seq_len: int) -> None:
-        self._session, self._rows, self._seq_len = session, rows, seq_len
+        super().__init__(session)
+        self._rows, self._seq_len = rows, seq_len
         self._left: list[np.ndarray] = []
         self.targets = 0
 
     def step(self, batch: Batch, lr: float) -> float:
         self.targets += batch.num_targets
-        return self._session.train_step(batch, lr=lr).result().loss
+        return super().step(batch, lr)
 
     def read(self, documents: Sequence[np.ndarray], batch_size: int, lr: float) -> list[float]:
         batches, self._left = pack([*self._left, *documents], self._rows, self._seq_len)
         return [self.step(batch, lr) for batch in batches]
-
-    def close(self) -> None:
-        self._session.close()
 
 
 def bench_text(

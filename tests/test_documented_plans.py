@@ -17,10 +17,10 @@ PAGES = ("docs/results/claims.md", "docs/guides/recipes-for-benchmarks.md")
 _BLOCK = re.compile(r"^```console\n(\$ solollm plan .*?)^```$", re.MULTILINE | re.DOTALL)
 
 
-def _shown() -> list[tuple[str, list[str]]]:
+def _shown(pages: tuple[str, ...] = PAGES) -> list[tuple[str, list[str]]]:
     """(command, the lines of its output that are shown), of every page."""
     found = []
-    for page in PAGES:
+    for page in pages:
         for block in _BLOCK.findall((ROOT / page).read_text(encoding="utf-8")):
             first, *lines = block.strip().splitlines()
             found.append((first.removeprefix("$ "), [line for line in lines if line.strip()]))
@@ -30,6 +30,9 @@ def _shown() -> list[tuple[str, list[str]]]:
 def test_each_page_shows_plans() -> None:
     """The search below silently finding nothing."""
     assert len(_shown()) >= 8
+    for page in PAGES:
+        assert _shown((page,)), page
+    assert all(shown for _, shown in _shown())
 
 
 @pytest.mark.parametrize(("line", "shown"), _shown(), ids=lambda v: v if isinstance(v, str) else "")

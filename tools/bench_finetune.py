@@ -108,7 +108,8 @@ def peak(arguments: argparse.Namespace) -> None:
 
 def speed(arguments: argparse.Namespace) -> None:
     """Full rows; the losses of the two sides agree, for they train the same adapter."""
-    found = compare(arguments, ("ours", "peer"), arguments.turns or 6)
+    tokens = works(arguments)["ours"].tokens
+    found = compare(arguments, ("ours", "peer"), arguments.turns or 6, tokens)
     ours, theirs = (np.array([turn.loss for turn in found[side]]) for side in ("ours", "peer"))
     apart = np.abs(ours - theirs) / theirs
     for name, shown in (("ours", ours), ("peer", theirs)):
@@ -119,11 +120,12 @@ def speed(arguments: argparse.Namespace) -> None:
 def padded(arguments: argparse.Namespace) -> None:
     """Real rows: the peer pads each of its batches to the longest, we pack; loss on answers."""
     names = SIDES if arguments.sort else SIDES[:2]
-    for side, work in works(arguments).items():
+    found = works(arguments)
+    for side, work in found.items():
         positions = sum(batch.input_ids.size for batch in work.batches)
         shape = f"{len(work.batches)} steps, padding {1 - work.tokens / positions:.1%}"
         print(f"{side}: {work.tokens:,} useful tokens, {shape}", flush=True)
-    compare(arguments, names, arguments.turns or 3)
+    compare(arguments, names, arguments.turns or 3, found["ours"].tokens)
 
 
 def works(arguments: argparse.Namespace) -> dict[str, Work]:
@@ -136,10 +138,9 @@ def works(arguments: argparse.Namespace) -> dict[str, Work]:
 
 
 def compare(
-    arguments: argparse.Namespace, names: tuple[str, ...], count: int
+    arguments: argparse.Namespace, names: tuple[str, ...], count: int, tokens: int
 ) -> dict[str, list[Turn]]:
-    """Take turns, print rates and ratios."""
-    tokens = works(arguments)["ours"].tokens
+    """Take turns, of so many useful tokens each; print rates and ratios."""
     children = {name: child(arguments, name, count) for name in names}
     found: dict[str, list[Turn]] = {name: [] for name in names}
     for process in children.values():

@@ -18,8 +18,8 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from solollm.adapters import AdapterOptions, adapter_table
-from solollm.architecture import ModelConfig, initial_parameter, parameter_table
-from solollm.backend import Backend, Batch, HostTensor, Plan, SessionOptions, TrainSession
+from solollm.architecture import initial_parameter, parameter_table
+from solollm.backend import Backend, Batch, InitialWeights, Plan, SessionOptions, TrainSession
 from solollm.config import OptimizerTable
 from solollm.dial import preset
 from solollm.finetune.packing import SampleStream
@@ -50,19 +50,6 @@ class Turn(NamedTuple):
     loss: float
 
 
-class InitialSource:
-    """A base that is made as it is read."""
-
-    def __init__(self, model: ModelConfig) -> None:
-        self._specs = {spec.name: spec for spec in parameter_table(model)}
-
-    def names(self) -> Sequence[str]:
-        return list(self._specs)
-
-    def read(self, name: str) -> HostTensor:
-        return HostTensor.of(initial_parameter(self._specs[name], 0))
-
-
 def adapter_options(method: str) -> AdapterOptions:
     return AdapterOptions(rank=RANK, alpha=ALPHA, base_bits=None if method == "lora" else 4)
 
@@ -80,7 +67,7 @@ def make_session(
         Plan(rows, False, "float32", seq_len, rows),
     )
     if adapter is not None:
-        session.import_base(InitialSource(MODEL))
+        session.import_base(InitialWeights(MODEL, 0))
     return session
 
 
@@ -219,7 +206,7 @@ def import_peer() -> None:
 
 
 def write_base(folder: Path) -> None:
-    source = InitialSource(MODEL)
+    source = InitialWeights(MODEL, 0)
     specs = [(spec.name, "F32", spec.shape) for spec in parameter_table(MODEL)]
     files = {"config.json": encode_json(MODEL.to_hf())}
     tensors = ((name, source.read(name)) for name in source.names())

@@ -32,6 +32,7 @@ from solollm_torch.traffic import Streaming, host_bytes, step_traffic
 
 from solollm.architecture import ModelConfig
 from solollm.backend import Plan
+from solollm.benchmark import overlap
 from solollm.config import OptimizerTable
 
 CAP_GIB = 22.5
@@ -105,16 +106,12 @@ def _copies(
         model, table, Streaming("split", 2, offload_residuals=True), num_micro_batches=count,
         residual_bytes=rows * count * length * model.hidden_size * item,
     )  # fmt: skip
-    lanes = session.lane_seconds()
-    overlap = None
-    if lanes:
-        computing = seconds - lanes["stalled"]
-        overlap = max(computing, lanes["load"], lanes["store"]) / seconds
     return {
         "moved": session.traffic._asdict(), "formula": formula._asdict(),
         "pinned_gib": host_bytes(model, table, "split") / 2**30,
         "pinned_residuals_gib": session.pinned_residual_bytes() / 2**30,
-        "lane_seconds": dict(lanes), "overlap": overlap,
+        "lane_seconds": dict(session.lane_seconds()),
+        "overlap": overlap(session.copies(), seconds),
     }  # fmt: skip
 
 

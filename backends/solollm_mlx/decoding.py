@@ -99,7 +99,7 @@ class MlxDecoder(Decoder):
             self._score_prompts()
             while self._waiting and len(self._running) < self._options.max_batch_size:
                 self._start(self._waiting.popleft())
-            for adapter in {adapter: None for adapter, _ in self._running}:
+            for adapter in dict.fromkeys(adapter for adapter, _ in self._running):
                 self._advance(adapter)
             self._take_out_failed()
         if self._failed:
@@ -143,15 +143,15 @@ class MlxDecoder(Decoder):
     def _advance(self, adapter: str | None) -> None:
         """One token for each running request of an adapter."""
         for generated in self._generators[adapter].step():
-            if (adapter, generated.uid) in self._running:
-                self._events.append(self._accept(adapter, generated))
+            sequence = self._running.get((adapter, generated.uid))
+            if sequence is not None:
+                self._events.append(self._accept(sequence, generated))
 
     def _take_out(self, sequence: _Sequence) -> None:
         self._generators[sequence.adapter].remove(sequence.uid)
         del self._running[sequence.adapter, sequence.uid]
 
-    def _accept(self, adapter: str | None, generated: mlx_lm.Generated) -> TokenEvent:
-        sequence = self._running[adapter, generated.uid]
+    def _accept(self, sequence: _Sequence, generated: mlx_lm.Generated) -> TokenEvent:
         if not math.isfinite(generated.logprob):
             raise BackendError(
                 "the model gives no finite logits",

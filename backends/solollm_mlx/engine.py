@@ -57,9 +57,9 @@ class MlxEngine(Engine):
         if bits:
             mlx_lm.quantize(base, bits)
         self._modules: dict[str | None, nn.Module] = {}
+        held = mlx_lm.weights_of(base)
         for name, factors in adapters.items():  # models of one base's arrays
-            held = mlx_lm.weights_of(base)
-            self._modules[name] = mlx_lm.build_model(model, held, bits=bits or BITS)
+            self._modules[name] = mlx_lm.build_model(model, held)
             mlx_lm.add_lora(self._modules[name], factors)
         if lora is not None:
             mlx_lm.add_lora(base, lora)

@@ -13,8 +13,9 @@ from solollm.adapters import AdapterOptions, adapter_table, trained_table
 from solollm.architecture import ModelConfig, parameter_table
 from solollm.backend import ComputeDType, MemoryCosts, Plan, SessionOptions
 from solollm.config import OptimizerTable
+from solollm.state_bytes import optimizer_bytes
 from solollm_mlx.attention import BLOCK
-from solollm_mlx.loss import chunk_tokens
+from solollm_mlx.loss import chunk_tokens, frozen_chunk_tokens
 from solollm_mlx.quant import BITS, GROUP_SIZE, fits
 
 PROCESS_BYTES = 280 * 2**20  # the interpreter and the libraries, mlx-lm's included
@@ -30,13 +31,15 @@ def memory_costs(
     item = 4 if compute_dtype == "float32" else 2
     layers, hidden = model.num_hidden_layers, model.hidden_size
     kept, passing, recomputing = _elements_per_token(model)
-    logits = 4 * CHUNK_COPIES * chunk_tokens(1 << 30, model.vocab_size) * model.vocab_size
+    tokens_of = chunk_tokens if options.adapter is None else frozen_chunk_tokens
+    logits = 4 * CHUNK_COPIES * tokens_of(1 << 30, model.vocab_size) * model.vocab_size
     head_gradient = 4 * model.vocab_size * hidden  # a micro-batch's own, there from the loss on
-    per_parameter = 4 + GRADIENT_BYTES + _state_bytes_per_parameter(model, options)
+    moments = optimizer_bytes(model, options.optimizer)
+    per_parameter = 4 + GRADIENT_BYTES + moments / model.num_parameters()
     if options.adapter is not None:
         held = adapter_bytes(model, options.adapter, options.optimizer, item)
         per_parameter = sum(held.values()) / model.num_parameters()
-        head_gradient, logits = 0, logits // 2
+        head_gradient = 0
     return MemoryCosts(
         fixed_bytes=PROCESS_BYTES,
         per_parameter_bytes=per_parameter,
@@ -57,12 +60,11 @@ def adapter_bytes(
         is_coded = adapter.base_bits and spec.name.endswith("_proj.weight") and fits(spec.shape)
         base += size * (BITS / 8 + 2 * item / GROUP_SIZE if is_coded else item)
     factors = sum(math.prod(spec.shape) for spec in adapter_table(model, adapter))
-    moments = 2 * factors * (4.0 if table.state_bits == 32 else 1.02)
     return {
         "frozen base": int(base),
         "adapter": 4 * factors,
         "gradients": GRADIENT_BYTES * factors,
-        "optimizer": int(moments),
+        "optimizer": optimizer_bytes(model, table, adapter),
     }
 
 
@@ -104,12 +106,3 @@ def _elements_per_token(model: ModelConfig) -> tuple[float, float, float]:
     recomputing = 20.0 * hidden + 5 * queries + 7 * keys + 13 * inter
     recomputing += 0.0 if is_short else 1.5 * probabilities
     return kept, passing, recomputing
-
-
-def _state_bytes_per_parameter(model: ModelConfig, options: SessionOptions) -> float:
-    """AdamW keeps two moments, Muon one for the matrices; in 8 bits those of matrices only."""
-    item = 4.0 if options.optimizer.state_bits == 32 else 1.02
-    matrices = model.num_matrix_parameters() - model.vocab_size * model.hidden_size
-    share = matrices / model.num_parameters()
-    moments = 1 if options.optimizer.name == "muon" else 2
-    return share * moments * item + (1 - share) * 2 * 4

@@ -18,7 +18,7 @@ from mlx.utils import tree_flatten, tree_unflatten
 
 from solollm.architecture import ModelConfig
 from solollm.errors import BackendError, ConfigError
-from solollm_mlx.quant import BITS, GROUP_SIZE
+from solollm_mlx.quant import GROUP_SIZE
 
 # float32 [N, V] log-probabilities to integer [N] tokens.
 Sampler = Callable[[mx.array], mx.array]
@@ -42,11 +42,9 @@ class Lora(NamedTuple):
     scale: float
 
 
-def build_model(
-    config: ModelConfig, weights: Mapping[str, mx.array], *, bits: int = BITS
-) -> nn.Module:
+def build_model(config: ModelConfig, weights: Mapping[str, mx.array]) -> nn.Module:
     """mlx-lm's own decoder over these arrays, without a copy; a matrix that has `<matrix>.scales`
-    is quantised (see `quant`), in so many bits.
+    is quantised (see `quant`).
 
     The rope settings are handed over in the old spelling as well: its llama reads no other, and
     falls back to theta 10000 without a word.
@@ -62,13 +60,19 @@ def build_model(
     module: Any = qwen3 if config.qk_norm else llama
     model: nn.Module = module.Model(module.ModelArgs.from_dict(config.to_hf()))
     if any(name.endswith(".scales") for name in weights):
-        nn.quantize(
-            model, group_size=GROUP_SIZE, bits=bits,
-            class_predicate=lambda path, _: f"{path}.scales" in weights,
-        )  # fmt: skip
+        nn.quantize(model, class_predicate=lambda path, _: _coding(path, weights))
     model.load_weights(list(weights.items()), strict=True)
     model.eval()
     return model
+
+
+def _coding(path: str, weights: Mapping[str, mx.array]) -> dict[str, int] | bool:
+    """How a matrix is quantised, by its codes; False where it is not."""
+    scales = weights.get(f"{path}.scales")
+    if scales is None:
+        return False
+    bits = 32 * weights[f"{path}.weight"].shape[-1] // (GROUP_SIZE * scales.shape[-1])
+    return {"group_size": GROUP_SIZE, "bits": bits}
 
 
 def add_lora(model: nn.Module, lora: Lora) -> None:

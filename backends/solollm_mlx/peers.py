@@ -41,7 +41,7 @@ class TrainerPeer(Peer):
     """
 
     def __init__(
-        self, model: ModelConfig, table: OptimizerTable, seed: int, dtype: mx.Dtype = mx.float32
+        self, model: ModelConfig, table: OptimizerTable, seed: int, dtype: mx.Dtype
     ) -> None:
         """`dtype`: of its weights, in which it then computes."""
         self._model, self._table, self._seed, self._dtype = model, table, seed, dtype

@@ -8,21 +8,22 @@ beside it (`solollm.lifeline` in the core); here is where they reach each other.
 from __future__ import annotations
 
 import faulthandler
+import functools
 import json
 import os
 import socket
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import mlx.core as mx
 import numpy as np
 
 from solollm.backend import Ranks
-from solollm.errors import BackendError, RankLost
+from solollm.errors import BackendError, rank_lost_on
 
 # MLX's errors have no type of their own; this is the ring's (mlx #4060, in 0.32.4).
 _LOST = ("[ring] connection to a peer was lost",)
+lost_ranks_named = functools.partial(rank_lost_on, _LOST)
 MEETING_SECONDS = 600.0
 _WORD_BYTES = 200
 
@@ -55,14 +56,14 @@ class MlxRanks(Ranks):
         return [bytes(word).rstrip(b"\0").decode() for word in words]
 
 
-def join(environment: Mapping[str, str] = os.environ) -> mx.distributed.Group:
+def join() -> mx.distributed.Group:
     """MLX's group, which it makes once.
 
     Raises:
         BackendError: the other processes cannot be reached. One that does not come at all is waited
             for in C, with Python's lock held: then a timer that needs neither ends this process.
     """
-    launched = "MLX_RANK" in environment
+    launched = "MLX_RANK" in os.environ
     if launched:
         faulthandler.dump_traceback_later(MEETING_SECONDS, exit=True, file=2)
     try:
@@ -101,14 +102,3 @@ def _own_address_towards(host: str) -> str:
     with socket.socket(family, kind, protocol) as probe:
         probe.connect(address)
         return str(probe.getsockname()[0])
-
-
-@contextmanager
-def lost_ranks_named() -> Iterator[None]:
-    """Raise RankLost for MLX's error about a process that is gone."""
-    try:
-        yield
-    except RuntimeError as error:
-        if any(text in str(error) for text in _LOST):
-            raise RankLost(str(error).splitlines()[0]) from error
-        raise

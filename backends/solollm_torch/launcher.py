@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
 
 
-def launched(environment: Mapping[str, str] = os.environ) -> bool:
+def launched() -> bool:
     """Whether a launcher has started this process as one of several."""
-    return int(environment.get("WORLD_SIZE", "1")) > 1 and "RANK" in environment
+    return int(os.environ.get("WORLD_SIZE", "1")) > 1 and "RANK" in os.environ
 
 
-def local_rank(environment: Mapping[str, str] = os.environ) -> int:
+def local_rank() -> int:
     """Which of this machine's processes this is: the number of its card."""
-    return int(environment.get("LOCAL_RANK", "0"))
+    return int(os.environ.get("LOCAL_RANK", "0"))

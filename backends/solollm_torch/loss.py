@@ -48,8 +48,7 @@ class Targets(NamedTuple):
 def chunk_rows(vocab_size: int, device: torch.device) -> int:
     """Positions per chunk: fp32 logits of 256 MiB, on the CPU of 128 MiB and at most 256 positions.
 
-    Fewer positions than 256 read a large head too often (64 of 32,000 ids take 1.4 times as long
-    per position), more gain nothing.
+    Fewer positions than 256 read a large head too often, more gain nothing.
     """
     most, budget = (256, 2**27) if device.type == "cpu" else (2**20, 2**28)
     return max(64, min(most, budget // (4 * vocab_size) // 64 * 64))

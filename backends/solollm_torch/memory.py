@@ -131,12 +131,11 @@ def adapter_bytes(
     factors = sum(math.prod(spec.shape) for spec in adapter_table(model, adapter))
     widest = model.hidden_size * max(2 * model.intermediate_size, model.hidden_size)
     decoded = item * widest if adapter.base_bits else 0  # of one stored matrix, while it is used
-    moments = 2 * factors * {32: 4.0, 16: 2.0, 8: 1.02}[table.state_bits]
     return {
         "frozen base": base + item * others + decoded,
         "adapter": 4 * factors,
         "gradients": 4 * factors,
-        "optimizer": int(moments),
+        "optimizer": optimizer_bytes(model, table, adapter),
     }
 
 

@@ -9,14 +9,13 @@ from __future__ import annotations
 import atexit
 import functools
 import os
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 
 import torch
 import torch.distributed as dist
 
 from solollm.backend import Ranks
-from solollm.errors import BackendError, RankLost
+from solollm.errors import BackendError, rank_lost_on
 from solollm_torch.launcher import launched
 
 # What gloo and NCCL say when a process at the other end is gone; their errors have no type of
@@ -26,6 +25,7 @@ _LOST = (
     "Timed out waiting", "communicator was aborted", "remote process exited",
     "recvValue failed", "sendBytes failed",
 )  # fmt: skip
+lost_ranks_named = functools.partial(rank_lost_on, _LOST)
 
 
 class TorchRanks(Ranks):
@@ -89,14 +89,3 @@ def host_group() -> dist.ProcessGroup:
 def _leave() -> None:
     if dist.is_initialized():
         dist.destroy_process_group()
-
-
-@contextmanager
-def lost_ranks_named() -> Iterator[None]:
-    """Raise RankLost for the error of an exchange with a process that is gone."""
-    try:
-        yield
-    except RuntimeError as error:
-        if any(text in str(error) for text in _LOST):
-            raise RankLost(str(error).splitlines()[0][:300]) from error
-        raise

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import logging
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -133,7 +132,6 @@ def guard(ctx: click.Context, count: int, seed: int, as_json: bool) -> None:
     from solollm.guard.measurement import measure_guard
 
     terminal = console(stderr=True)
-    logging.getLogger("solollm.guard").setLevel(logging.ERROR)  # what it does is what is counted
     with terminal.status("measuring") as status:
         report = measure_guard(count, seed, tell=status.update)
     if as_json:

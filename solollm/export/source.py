@@ -22,9 +22,9 @@ from solollm.model_folder import (
     Origin,
     read_model,
     read_origin,
-    read_table,
     token_ids,
 )
+from solollm.strictfile import read_table
 from solollm.tensorfile import Weights, open_weights
 from solollm.tokenizer import Tokenizer
 

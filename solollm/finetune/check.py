@@ -15,8 +15,9 @@ from solollm.config import FinetuneTable
 from solollm.errors import DataError
 from solollm.finetune.dataset import MAX_OVER_LENGTH_SHARE, Reading
 from solollm.finetune.rendering import Rendered
-from solollm.model_folder import CONFIG, GENERATION, read_table
-from solollm.tensorfile import open_weights
+from solollm.model_folder import CONFIG, GENERATION
+from solollm.strictfile import read_table
+from solollm.tensorfile import FLOATS, open_weights
 from solollm.tokenizer import Tokenizer
 
 _SHOWN_PROBLEMS = 20
@@ -97,7 +98,7 @@ def _unlearnt(base: Path, tokenizer: Tokenizer) -> list[str]:
         return []
     with contextlib.closing(open_weights(base)) as weights:
         name = _HEAD if _HEAD in weights.names() else _EMBEDDING
-        if name not in weights.names() or weights.info(name).dtype not in ("F32", "F16", "BF16"):
+        if name not in weights.names() or weights.info(name).dtype not in FLOATS:
             return []  # quantised, or with names of its own
         end, pad = (weights.row(name, token) for token in (tokenizer.end_id, tokenizer.pad_id))
     norms = float(np.linalg.norm(end) * np.linalg.norm(pad))

@@ -14,6 +14,7 @@ in the run, so that a changed file is noticed when the run goes on.
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import importlib.util
 import math
@@ -66,7 +67,7 @@ def exact(completion: str, answer: str) -> float:
 
 
 class Scorer:
-    """Rewards by one table; a context manager. `timeouts` counts what took too long."""
+    """Rewards by one table, until `close`. `timeouts` counts what took too long."""
 
     def __init__(self, table: GrpoTable) -> None:
         """Raises ConfigError: no such reward, file or pattern."""
@@ -177,7 +178,10 @@ def confined_reward(request: Mapping[str, Any]) -> float:
     return value
 
 
+@functools.cache
 def _function(folder: Path, module: str, name: str) -> Any:
+    """The user's function. Its file is run once in the child, not once per answer: what was
+    compared when the run began is what rewards it to the end."""
     spec = importlib.util.spec_from_file_location(module, folder / f"{module}.py")
     assert spec is not None
     assert spec.loader is not None

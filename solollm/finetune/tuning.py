@@ -118,15 +118,8 @@ def prepare_tuning(config: RunConfig) -> Prepared:
         ConfigError: no base, no data, no template; settings that do not go together.
         DataError: rows that cannot be trained on, or too many that are longer than a row.
     """
-    table = _table_of(config)
-    base, _ = find_checkpoint(Path(config.train.init_from))
-    tokenizer = tokenizer_for(base, table)
-    model = read_starting_weights(base, tokenizer).model
-    reading = read_conversations(table, tokenizer)
-    seq_len = row_length(
-        reading, table, asked=config.data.seq_len, max_positions=model.max_position_embeddings
-    )
-    findings = examine(reading, table, base, seq_len=seq_len)
+    table, base, model, reading, findings = _read(config)
+    seq_len = findings.seq_len
     samples = sample_set(reading, table, seq_len)
     config = updated(config, "train", init_from=str(base))
     config = _resolved(updated(config, "data", seq_len=seq_len), table, model, samples)
@@ -139,6 +132,14 @@ def look(config: RunConfig) -> tuple[Reading, Findings]:
     Raises:
         ConfigError: no base, no data, no template.
     """
+    _, _, _, reading, findings = _read(config)
+    return reading, findings
+
+
+def _read(
+    config: RunConfig,
+) -> tuple[FinetuneTable, Path, ModelConfig, Reading, Findings]:
+    """The settings, the base and its model, and the rows as they would be trained on."""
     table = _table_of(config)
     base, _ = find_checkpoint(Path(config.train.init_from))
     tokenizer = tokenizer_for(base, table)
@@ -147,7 +148,7 @@ def look(config: RunConfig) -> tuple[Reading, Findings]:
     seq_len = row_length(
         reading, table, asked=config.data.seq_len, max_positions=model.max_position_embeddings
     )
-    return reading, examine(reading, table, base, seq_len=seq_len)
+    return table, base, model, reading, examine(reading, table, base, seq_len=seq_len)
 
 
 def _table_of(config: RunConfig) -> FinetuneTable:
@@ -187,8 +188,9 @@ def _resolved(
         most = max(1, stream(together).num_rows * drawn // _STEPS_PER_EPOCH)
         rows = max(1, min(_TOKENS_PER_STEP // seq_len, most) // together) * together
     if rows % together:
+        what = "pairs" if table.objective == "dpo" else "groups"
         raise ConfigError(
-            f"train.batch_size {rows} splits {'pairs' if together == 2 else 'groups'}",
+            f"train.batch_size {rows} splits {what}",
             fix=f"make it a multiple of {together}",
         )
     if lr is None:

@@ -19,8 +19,9 @@ from collections.abc import Callable
 from solollm.errors import ConfigError
 from solollm.guard.notices import Notices
 from solollm.guard.settings import ClassifierTable
-from solollm.serving.text_filter import TextFilter
+from solollm.serving.text_filter import HeldFilter
 
+_PAUSE_SECONDS = 1.0  # between starts that fail
 _SEEN_CHARS = 4000  # of the answer, its end
 _SENTENCE = re.compile(r"[.!?\u3002]+[\s\"')\u201d]|\n")
 _MAX_SENTENCE = 300
@@ -70,7 +71,7 @@ class Classifier:
             if process is None or process.stdin is None or self._is_starting:
                 return None
             try:
-                process.stdin.write(json.dumps(text[-_SEEN_CHARS:]).encode() + b"\n")
+                process.stdin.write(json.dumps(text).encode() + b"\n")
                 process.stdin.flush()
                 answer = self._read(deadline)
             except (OSError, ValueError):
@@ -101,8 +102,10 @@ class Classifier:
 
     def _restart(self) -> None:
         self._end()
-        if not self._is_closed and not self._start():
-            self._is_starting = False
+        while not self._is_closed and self._start():
+            self._end()
+            time.sleep(_PAUSE_SECONDS)
+        self._is_starting = False
         if self._is_closed:
             self._end()
 
@@ -137,7 +140,7 @@ class Classifier:
         return found if isinstance(found, dict) else None
 
 
-class ClassifierFilter(TextFilter):
+class ClassifierFilter(HeldFilter):
     """Asks a classifier about the answer at the end of each sentence."""
 
     is_slow = True  # it waits for another process
@@ -149,14 +152,6 @@ class ClassifierFilter(TextFilter):
         self._notices = notices
         self._late_is_bad = late_is_bad
         self._shown = ""
-        self._held = ""
-
-    def push(self, text: str) -> str:
-        self._held += text
-        return self._advance(is_last=False)
-
-    def finish(self) -> str:
-        return self._advance(is_last=True)
 
     def _advance(self, *, is_last: bool) -> str:
         shown: list[str] = []

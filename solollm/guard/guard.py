@@ -27,10 +27,12 @@ class Guard:
         notices: what it did so far.
     """
 
-    def __init__(self, settings: GuardSettings | None = None) -> None:
+    def __init__(
+        self, settings: GuardSettings | None = None, *, notices: Notices | None = None
+    ) -> None:
         """Raises ConfigError for a pattern or a classifier that cannot be used."""
         self.settings = settings or GuardSettings()
-        self.notices = Notices()
+        self.notices = notices or Notices()
         self._rules = [(rule, compiled(rule)) for rule in self.settings.rules]
         table = self.settings.classifier
         self._classifier = Classifier(table) if table.function else None

@@ -3,7 +3,7 @@
 Measured on the held-out sentences of `sample_texts`, with the default settings and three rules as a
 user may write them. A find counts if nothing of the value is shown, of a loop or a message if the
 answer is ended; a false alarm is a harmless text that is changed or ended in any way. The time is
-measured on texts of all classes, and on some that are made to take long.
+measured on texts of all classes but distress, and on some that are made to take long.
 """
 
 from __future__ import annotations
@@ -16,10 +16,11 @@ from typing import Any, NamedTuple
 
 from solollm.guard import samples
 from solollm.guard.guard import Guard
+from solollm.guard.notices import Notices
 from solollm.guard.sample_texts import HELD_OUT, Texts
 from solollm.guard.samples import PERSONAL_KINDS, Sample, drawn
 from solollm.guard.settings import GuardSettings, Rule
-from solollm.serving.text_filter import FilterChain, FilterContext, TextFilter
+from solollm.serving.text_filter import FilterChain, FilterContext, TextFilter, let_through
 
 ASKED_RECALL, ASKED_FALSE, ASKED_MS = 0.90, 0.02, 5.0
 CHUNK_CHARS = 4  # about a token
@@ -29,7 +30,7 @@ _RULES = (
     Rule(name="intranet", pattern=r"https?://intra\.corp/\S{1,60}", max_chars=80),
 )
 _BENIGN_MESSAGE = "Tell me about it."
-_LATENCY_TEXTS = 20  # of each class, with a find and without
+_LATENCY_TEXTS = 20  # of each class but distress, with a find and without
 _LATENCY_CHARS = 2000  # of each
 _SLOWEST = 5
 # No word ends in them, so that much is held back and then looked at at once.
@@ -114,15 +115,15 @@ class GuardReport:
 
 
 def measure_guard(
-    count: int = 500, seed: int = 1, *, texts: Texts = HELD_OUT,
+    count: int = 500, seed: int = 1, *,
     tell: Callable[[str], None] = lambda name: None,
 ) -> GuardReport:  # fmt: skip
     """`count` texts that hold something, and as many that do not, of every class."""
-    guard = Guard(GuardSettings(rules=_RULES))
+    guard = Guard(GuardSettings(rules=_RULES), notices=Notices(is_silent=True))
     scores, answers = [], list[str]()
     for name in (*PERSONAL_KINDS, "distress", "loop", "rules"):
         tell(name)
-        finds, benign = texts_of(name, texts, count, seed)
+        finds, benign = texts_of(name, HELD_OUT, count, seed)
         scores.append(_score(name, guard, finds, benign))
         if name != "distress":
             some = (*finds[:_LATENCY_TEXTS], *benign[:_LATENCY_TEXTS])
@@ -156,11 +157,8 @@ def texts_of(
 def filtered(guard: Guard, text: str, message: str = _BENIGN_MESSAGE) -> tuple[str, bool]:
     """(what is shown of an answer to a message, whether the guard ended it)."""
     context = FilterContext([{"role": "user", "content": message}], True)
-    chain = FilterChain(guard(context))
-    shown = chain.push(text)
-    if chain.stopped is None:
-        shown += chain.finish()
-    return shown, chain.stopped is not None
+    shown, stopped = let_through(FilterChain(guard(context)), [text])
+    return shown, stopped is not None
 
 
 def _score(

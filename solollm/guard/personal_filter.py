@@ -13,7 +13,7 @@ from functools import cached_property
 
 from solollm.guard.notices import Action, Notices
 from solollm.guard.personal import CONTEXT_CHARS, KINDS, LABELS, bare, find_personal
-from solollm.serving.text_filter import TextFilter
+from solollm.serving.text_filter import HeldFilter
 
 _MAX_WORD, _MAX_GROUP = 512, 160  # characters; what is longer is looked at in parts
 # Scripts without spaces: a reader does not wait for their end, and values stand right beside them.
@@ -32,7 +32,7 @@ _KEY_FOOTER = re.compile(r"-----END [A-Z ]{0,30}PRIVATE KEY-----")
 _HEADER_CHARS = 64
 
 
-class PersonalData(TextFilter):
+class PersonalData(HeldFilter):
     """Replaces finds by what they were (`mask`), ends the answer before them (`block`), or only
     notes them (`warn`).
 
@@ -52,7 +52,6 @@ class PersonalData(TextFilter):
         self._action = action
         self._kinds = frozenset(kinds)
         self._conversation = conversation
-        self._held = ""
         self._before = ""  # the end of what was looked at
         self._in_key = False
         self._in_value = False  # a find goes on where its word was cut
@@ -61,13 +60,6 @@ class PersonalData(TextFilter):
     def _known(self) -> str:
         """The conversation, made comparable when first needed."""
         return bare("\n".join(self._conversation))
-
-    def push(self, text: str) -> str:
-        self._held += text
-        return self._advance(is_last=False)
-
-    def finish(self) -> str:
-        return self._advance(is_last=True)
 
     def _advance(self, *, is_last: bool) -> str:
         shown: list[str] = []

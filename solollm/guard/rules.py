@@ -14,12 +14,12 @@ from typing import Any
 from solollm.errors import ConfigError
 from solollm.guard.notices import Notices
 from solollm.guard.settings import Rule
-from solollm.serving.text_filter import TextFilter
+from solollm.serving.text_filter import HeldFilter, TextFilter
 
 _CJK = "\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uac00-\ud7af"  # a word each: written without spaces
 _WORD = re.compile(rf"[{_CJK}]|(?:(?![{_CJK}])[\w'\u2019]){{1,256}}")
 _MAX_GAP = 8  # characters between two words of a phrase
-_GAP = re.compile(r"[\s\-]{0,8}")
+_GAP = re.compile(rf"[\s\-]{{0,{_MAX_GAP}}}")
 _BLOCK = 8  # characters whose matches are looked for at once
 _PATTERN_MEMORY = 1 << 23
 _END = ""  # in the tree of phrases: one ends here
@@ -27,7 +27,7 @@ _END = ""  # in the tree of phrases: one ends here
 _Tree = dict[str, Any]  # word -> tree of what may follow
 
 
-class _RuleFilter(TextFilter):
+class _RuleFilter(HeldFilter):
     """What both kinds of rules do with a find."""
 
     def __init__(self, rule: Rule, notices: Notices) -> None:
@@ -51,14 +51,6 @@ class WordFilter(_RuleFilter):
     def __init__(self, rule: Rule, tree: _Tree, notices: Notices) -> None:
         super().__init__(rule, notices)
         self._tree = tree
-        self._held = ""
-
-    def push(self, text: str) -> str:
-        self._held += text
-        return self._advance(is_last=False)
-
-    def finish(self) -> str:
-        return self._advance(is_last=True)
 
     def _advance(self, *, is_last: bool) -> str:
         shown: list[str] = []
@@ -71,8 +63,6 @@ class WordFilter(_RuleFilter):
                 break
             shown.append(self._held[at : word.start()])
             at = word.start()
-            if not is_last and _is_open(word, self._held):
-                break
             end = self._phrase_end(word, is_last)
             if end is None:
                 break
@@ -138,17 +128,9 @@ class PatternFilter(_RuleFilter):
     def __init__(self, rule: Rule, pattern: Any, notices: Notices) -> None:
         super().__init__(rule, notices)
         self._pattern = pattern
-        self._held = ""  # from one character before the next block on
-        self._first = 0  # the place of its first character in the answer
+        self._first = 0  # the place in the answer where what is held begins
         self._next = 0  # of the next block
         self._done = 0  # of the first character that was not shown or replaced
-
-    def push(self, text: str) -> str:
-        self._held += text
-        return self._advance(is_last=False)
-
-    def finish(self) -> str:
-        return self._advance(is_last=True)
 
     def _advance(self, *, is_last: bool) -> str:
         shown: list[str] = []
@@ -158,6 +140,7 @@ class PatternFilter(_RuleFilter):
             window = self._held[: self._next + reach - self._first]
             self._search(window, min(self._next + _BLOCK, total), shown)
             self._next += _BLOCK
+            # A pattern may look at one character before the next block.
             self._held = self._held[self._next - 1 - self._first :]
             self._first = self._next - 1
         return "".join(shown)

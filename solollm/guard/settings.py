@@ -56,7 +56,7 @@ class Rule(_Table):
 
     `on`: the model's answer, or the user's last message, which is answered by `message` alone
     where the action is `block`. `max_chars`: the longest match of a pattern; as much text is held
-    back.
+    back. `ignore_case`: of a pattern; words match in any case.
     """
 
     name: str
@@ -117,6 +117,8 @@ def _with_words(rule: Rule, folder: Path) -> Rule:
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"rule {rule.name!r}: cannot read {path}", why=str(error)) from error
     words = [line.partition("#")[0].strip() for line in lines]
+    if not (rule.words or any(words)):
+        raise ConfigError(f"rule {rule.name!r}: {path} holds no words")
     return rule.model_copy(update={"words": (*rule.words, *filter(None, words))})
 
 

@@ -12,8 +12,8 @@ from solollm.adapters import ADAPTER_CONFIG, ADAPTER_WEIGHTS, AdapterOptions, pe
 from solollm.backend import HostTensor
 from solollm.errors import ConfigError
 from solollm.importing.foreign_folder import ForeignFolder
-from solollm.model_folder import CONFIG, read_model, read_table, require_free, write_folder
-from solollm.strictfile import encode_json
+from solollm.model_folder import CONFIG, read_model, require_free, write_folder
+from solollm.strictfile import encode_json, read_table
 
 
 @dataclass(frozen=True)

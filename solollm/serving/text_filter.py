@@ -8,7 +8,7 @@ pass the same code. Stop strings are the first of them.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -29,6 +29,23 @@ class TextFilter(ABC):
     @abstractmethod
     def finish(self) -> str:
         """What was still held back, once no more text comes."""
+
+
+class HeldFilter(TextFilter):
+    """A filter that lets go of what it holds as far as it can judge, each time more is there."""
+
+    _held = ""
+
+    def push(self, text: str) -> str:
+        self._held += text
+        return self._advance(is_last=False)
+
+    def finish(self) -> str:
+        return self._advance(is_last=True)
+
+    @abstractmethod
+    def _advance(self, *, is_last: bool) -> str:
+        """What of `_held` may be shown, taken from it; `is_last`: no more text comes."""
 
 
 @dataclass(frozen=True)
@@ -69,12 +86,11 @@ class StopStrings(TextFilter):
         return shown
 
 
-class FilterChain:
+class FilterChain(TextFilter):
     """Several filters as one; `stopped` says why the shown text ends where it does."""
 
     def __init__(self, filters: Sequence[TextFilter]) -> None:
         self._filters = tuple(filters)
-        self.stopped: StopReason | None = None
 
     def push(self, text: str) -> str:
         for place, item in enumerate(self._filters):
@@ -104,3 +120,13 @@ def _overlap(text: str, stop: str) -> int:
         if text.endswith(stop[:length]):
             return length
     return 0
+
+
+def let_through(item: TextFilter, pieces: Iterable[str]) -> tuple[str, StopReason | None]:
+    """(what is shown of an answer that comes in these pieces, why it was ended)."""
+    shown = ""
+    for piece in pieces:
+        shown += item.push(piece)
+        if item.stopped:
+            return shown, item.stopped
+    return shown + item.finish(), item.stopped

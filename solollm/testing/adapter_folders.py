@@ -1,4 +1,5 @@
-"""Adapters of random factors on disk, in both layouts, for tests of whatever reads them."""
+"""Adapters of random factors on disk, in both layouts, and the base that they are for: for tests of
+whatever reads them."""
 
 from __future__ import annotations
 
@@ -10,16 +11,18 @@ import numpy as np
 from solollm.adapters import (
     ADAPTER_CONFIG,
     ADAPTER_WEIGHTS,
+    BASE,
     AdapterOptions,
     adapter_table,
     peft_config,
 )
 from solollm.architecture import ModelConfig
 from solollm.backend import HostTensor
-from solollm.frozen_base import BASE, BaseRecord
+from solollm.frozen_base import BaseRecord
 from solollm.mlx_lm_layout import MLX_LM_WEIGHTS, mlx_lm_config, mlx_lm_name, transposed
 from solollm.strictfile import encode_json
-from solollm.tensorfile import FOR_TRANSFORMERS, write_tensors
+from solollm.tensorfile import FOR_TRANSFORMERS, WEIGHTS, write_tensors
+from solollm.testing.bench import lively_parameters
 
 
 def random_factors(model: ModelConfig, options: AdapterOptions) -> dict[str, np.ndarray]:
@@ -54,7 +57,17 @@ def write_mlx_lm(folder: Path, model: ModelConfig, options: AdapterOptions) -> P
     return folder
 
 
+def write_base(folder: Path, model: ModelConfig) -> Path:
+    """`lively_parameters` as a model folder without a tokenizer; `folder` is there."""
+    (folder / "config.json").write_bytes(encode_json(model.to_hf()))
+    _write(folder / WEIGHTS, lively_parameters(model))
+    return folder
+
+
 def write_arrays(path: Path, arrays: Mapping[str, np.ndarray]) -> None:
-    tensors = {name: HostTensor.of(array) for name, array in arrays.items()}
+    _write(path, {name: HostTensor.of(array) for name, array in arrays.items()})
+
+
+def _write(path: Path, tensors: Mapping[str, HostTensor]) -> None:
     specs = [(name, tensor.dtype, tensor.shape) for name, tensor in tensors.items()]
     write_tensors(path, specs, tensors.items(), FOR_TRANSFORMERS)

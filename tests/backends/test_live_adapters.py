@@ -16,9 +16,8 @@ from solollm.errors import ConfigError, IntegrityError
 from solollm.frozen_base import BaseRecord
 from solollm.generation import Completion, generate
 from solollm.strictfile import encode_json
-from solollm.tensorfile import FOR_TRANSFORMERS, WEIGHTS, write_tensors
-from solollm.testing.adapter_folders import write_mlx_lm, write_peft
-from solollm.testing.bench import QUANTISABLE, REAL_VOCAB_SIZE, lively_parameters
+from solollm.testing.adapter_folders import write_base, write_mlx_lm, write_peft
+from solollm.testing.bench import QUANTISABLE, REAL_VOCAB_SIZE
 
 MODEL = QUANTISABLE
 PIRATE = AdapterOptions(rank=4, alpha=8)
@@ -39,11 +38,7 @@ def backend(request: pytest.FixtureRequest) -> Backend:
 
 @pytest.fixture(scope="module")
 def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder, tensors = tmp_path_factory.mktemp("base"), lively_parameters(MODEL)
-    (folder / "config.json").write_bytes(encode_json(MODEL.to_hf()))
-    specs = [(name, tensor.dtype, tensor.shape) for name, tensor in tensors.items()]
-    write_tensors(folder / WEIGHTS, specs, tensors.items(), FOR_TRANSFORMERS)
-    return folder
+    return write_base(tmp_path_factory.mktemp("base"), MODEL)
 
 
 @pytest.fixture(scope="module")

@@ -11,6 +11,7 @@ import pytest
 from solollm.adapters import (
     ADAPTER_CONFIG,
     ADAPTER_WEIGHTS,
+    BASE,
     TARGET_MODULES,
     AdapterOptions,
     adapter_pairs,
@@ -24,7 +25,7 @@ from solollm.architecture import ModelConfig, initial_parameter, initial_paramet
 from solollm.backend import HostTensor
 from solollm.checkpoint import open_checkpoint, save_checkpoint
 from solollm.errors import ConfigError, IntegrityError
-from solollm.frozen_base import BASE, BaseRecord, BaseSource, TrainedAdapter, content_of
+from solollm.frozen_base import BaseRecord, BaseSource, TrainedAdapter, content_of
 from solollm.tensorfile import WEIGHTS, open_weights, tensor_digest, write_tensors
 from solollm.testing.snapshots import TOKEN_IDS, TOKENIZER_FILES, ArraySnapshot, state_at
 

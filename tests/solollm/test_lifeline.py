@@ -111,7 +111,7 @@ def test_one_that_refuses_ends_the_others_and_fails_no_run(rank, ends) -> None:
     first, other = (rank(end, grace=LONG) for end in ends)
     refusing = threading.Thread(target=first.lifeline.refuse)
     refusing.start()
-    time.sleep(SHORT)
+    time.sleep(5 * SHORT)
     other.lifeline.refuse()
     refusing.join(LONG)
     assert not other.notes

@@ -32,7 +32,8 @@ from solollm.errors import ConfigError
 from solollm.export import export_model
 from solollm.frozen_base import BaseRecord, TrainedAdapter
 from solollm.strictfile import encode_json
-from solollm.tensorfile import FOR_TRANSFORMERS, WEIGHTS, open_weights, write_tensors
+from solollm.tensorfile import open_weights
+from solollm.testing.adapter_folders import write_base
 from solollm.testing.bench import QUANTISABLE, lively_parameters
 from solollm.testing.snapshots import TOKEN_IDS, TOKENIZER_FILES, state_at
 
@@ -45,11 +46,7 @@ OPTIONS = AdapterOptions(
 
 @pytest.fixture(scope="module")
 def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder, tensors = tmp_path_factory.mktemp("base"), lively_parameters(MODEL)
-    (folder / "config.json").write_bytes(encode_json(MODEL.to_hf()))
-    specs = [(name, tensor.dtype, tensor.shape) for name, tensor in tensors.items()]
-    write_tensors(folder / WEIGHTS, specs, tensors.items(), FOR_TRANSFORMERS)
-    return folder
+    return write_base(tmp_path_factory.mktemp("base"), MODEL)
 
 
 @pytest.fixture(scope="module")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import time
+import statistics
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -82,19 +82,18 @@ def test_chunks_lower_the_peak_of_the_loss(monkeypatch: pytest.MonkeyPatch) -> N
 
 
 def peak_bytes(session: MlxSession, batch: Batch) -> int:
-    """The peak of a step above what the session holds: the least of ten, some time apart, because
-    on a busy machine freed arrays wait for their stream."""
+    """The peak of a step above what the session holds. Of seven steps the median: how far MLX runs
+    ahead of the computation depends on the load, now and then in either direction."""
     session.train_step(batch, lr=1e-3).result()
     peaks = []
-    for _ in range(10):
-        time.sleep(0.02)
+    for _ in range(7):
         state_of(session)
         mx.clear_cache()
         held = mx.get_active_memory()
         mx.reset_peak_memory()
         session.train_step(batch, lr=1e-3).result()
         peaks.append(int(mx.get_peak_memory() - held))
-    return min(peaks)
+    return int(statistics.median(peaks))
 
 
 @pytest.fixture

@@ -234,7 +234,7 @@ def test_products_in_bfloat16_end_where_float32_does(shape: tuple[int, ...]) -> 
 
 
 def test_the_switch_reaches_every_optimizer(
-    make_session: MakeSession, make_batch: MakeBatch, tiny_config: ModelConfig
+    make_session: MakeSession, make_batch: MakeBatch
 ) -> None:
     """A switch that a session accepts, and that changes nothing."""
     batch, bits = make_batch(8, 64), {}

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -30,24 +29,33 @@ def chats(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def base(
+def make_base(
     tmp_path_factory: pytest.TempPathFactory, small_tokenizer: Tokenizer,
     save_telling: Callable[[Path, ModelConfig], Path],
-) -> Path:  # fmt: skip
-    """A checkpoint of a small model."""
-    model = ModelConfig(
-        vocab_size=small_tokenizer.padded_vocab_size, hidden_size=64, intermediate_size=128,
-        num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
-        max_position_embeddings=256, tie_word_embeddings=True,
-    )  # fmt: skip
-    return save_telling(tmp_path_factory.mktemp("base"), model)
+) -> Callable[[int], Path]:  # fmt: skip
+    """make_base(layers): a checkpoint of a small model."""
+
+    def make(layers: int) -> Path:
+        model = ModelConfig(
+            vocab_size=small_tokenizer.padded_vocab_size, hidden_size=64, intermediate_size=128,
+            num_hidden_layers=layers, num_attention_heads=4, num_key_value_heads=2,
+            max_position_embeddings=256, tie_word_embeddings=True,
+        )  # fmt: skip
+        return save_telling(tmp_path_factory.mktemp("base"), model)
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def base(make_base: Callable[[int], Path]) -> Path:
+    return make_base(2)
 
 
 @pytest.fixture(scope="session")
 def tuning(base: Path, chats: Path) -> MakeConfig:
     """tuning("finetune.method=lora", ...): a config of some steps on the chats."""
 
-    def make(*overrides: str, **fields: Any) -> RunConfig:
+    def make(*overrides: str) -> RunConfig:
         given = [
             f"train.init_from={json.dumps(str(base))}", f"finetune.data={json.dumps([str(chats)])}",
             "train.steps=6", "data.seq_len=128", "train.batch_size=2", "eval.batches=2",

@@ -158,7 +158,7 @@ def served_ids(source: Path, name: str, adapters: dict[str, Path], prompt: list[
     settings = EngineSettings(engine="builtin", backend="torch", adapters=adapters)
     catalogue, _ = open_catalogue([ModelSource(source, "own")], ServeOptions(engines=settings))
     model = catalogue.find(name)
-    assert model.is_chat == (name != "own" or source.name == "run")
+    assert model.is_chat
 
     async def answered() -> list[int]:
         await model.engine.start()

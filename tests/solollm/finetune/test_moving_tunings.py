@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import tarfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -56,6 +57,13 @@ def newest(run: Path) -> Checkpoint:
     return checkpoint
 
 
+def damage(path: Path, place: int) -> None:
+    """Flip one bit of the file."""
+    content = bytearray(path.read_bytes())
+    content[place] ^= 1
+    path.write_bytes(content)
+
+
 def losses(run: Path) -> list[tuple[int, float]]:
     rows = Run.open(run).read_metrics()
     return [(row["step"], row["loss"]) for row in rows if row["kind"] == "train"]
@@ -106,12 +114,10 @@ def test_a_changed_byte_is_refused_by_its_file(
     capsys: pytest.CaptureFixture[str],
 ) -> None:  # fmt: skip
     """Guards an adapter over a base that is not quite its own, and rows that say something else."""
-    import tarfile
-
     changed = tmp_path / "changed.solo"
     shutil.copy(archives[kind], changed)
     with tarfile.open(changed) as opened:
-        (entry,) = [m for m in opened if m.name.endswith(place) and m.name != "bundle.json"]
+        (entry,) = [m for m in opened if m.name.endswith(place)]
     with changed.open("r+b") as file:
         file.seek(entry.offset_data + entry.size - 5)
         byte = file.read(1)
@@ -153,9 +159,7 @@ def test_a_base_that_is_there_is_used_and_a_changed_one_refused(
     assert [place.name for place in (there / "models").iterdir()] == [model.name]
     assert weights.stat().st_mtime_ns == before
     shutil.rmtree(there / "runs" / "dpo")
-    content = bytearray(weights.read_bytes())
-    content[-3] ^= 1
-    weights.write_bytes(content)
+    damage(weights, -3)
     with pytest.raises(ConfigError, match="is not the run's base"):
         unpack(archives["dpo"], there)
     assert not (there / "runs" / "dpo").exists()
@@ -178,9 +182,7 @@ def test_a_pushed_tuning_goes_on_there(
     assert pushed.sent_files == pushed.num_files
     arrived = Path(pushed.run)
     samples = arrived / "data" / "train.safetensors"
-    content = bytearray(samples.read_bytes())
-    content[-1] ^= 1
-    samples.write_bytes(content)
+    damage(samples, -1)
     again = push(run, f"there:{there}", programs=programs)
     assert again.sent_files == 1
     (model,) = (there / "models").iterdir()
@@ -196,9 +198,7 @@ def test_a_base_that_changed_here_is_not_packed(archives: dict[str, Path], tmp_p
     run = unpack(archives["dpo"], tmp_path / "there").run
     (model,) = (tmp_path / "there" / "models").iterdir()
     weights = model / "model.safetensors"
-    content = bytearray(weights.read_bytes())
-    content[-3] ^= 1
-    weights.write_bytes(content)
+    damage(weights, -3)
     with pytest.raises(IntegrityError, match="not the base"):
         pack(run, tmp_path / "again.solo")
     assert not (tmp_path / "again.solo").exists()

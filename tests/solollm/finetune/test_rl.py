@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import signal
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,7 +13,6 @@ import numpy as np
 import pytest
 
 from solollm import horizon
-from solollm.architecture import ModelConfig
 from solollm.backend import IGNORED
 from solollm.checkpoint import latest_checkpoint
 from solollm.config import GrpoTable, RunConfig
@@ -25,9 +23,8 @@ from solollm.finetune.tuning import finetune, finetune_config, prepare_tuning
 from solollm.horizon import updated
 from solollm.pretraining import prepare, resume
 from solollm.registry import find_backends
-from solollm.run_log import Row, Sink
 from solollm.runs import Run
-from solollm.tokenizer import Tokenizer
+from solollm.testing.watching import StopAt
 
 MakeConfig = Callable[..., RunConfig]
 AVAILABLE = [c.name for c in find_backends() if c.probe.available and c.name in ("torch", "mlx")]
@@ -37,7 +34,7 @@ LEARNING = [pytest.param(n, marks=pytest.mark.slow) if n == "mlx" else n for n i
 
 @pytest.fixture(scope="module")
 def digits(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Copy a digit: a reward that a random model gets now and then."""
+    """Questions and answers of one digit."""
     path = tmp_path_factory.mktemp("digits") / "digits.jsonl"
     rows = [{"question": f"{n % 2}", "answer": f"{n % 2}"} for n in range(32)]
     path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
@@ -93,22 +90,14 @@ def test_a_stopped_dpo_goes_on_to_the_same_bits(
 
 
 @pytest.fixture(scope="module")
-def guesser(
-    tmp_path_factory: pytest.TempPathFactory, small_tokenizer: Tokenizer,
-    save_telling: Callable[[Path, ModelConfig], Path],
-) -> Path:  # fmt: skip
+def guesser(make_base: Callable[[int], Path]) -> Path:
     """A model of one layer."""
-    model = ModelConfig(
-        vocab_size=small_tokenizer.padded_vocab_size, hidden_size=64, intermediate_size=128,
-        num_hidden_layers=1, num_attention_heads=4, num_key_value_heads=2,
-        max_position_embeddings=256, tie_word_embeddings=True,
-    )  # fmt: skip
-    return save_telling(tmp_path_factory.mktemp("guesser"), model)
+    return make_base(1)
 
 
 @pytest.fixture(scope="module")
 def grpo(guesser: Path, digits: Path, tmp_path_factory: pytest.TempPathFactory) -> MakeConfig:
-    """A config whose reward is how many characters of an answer are the right digit."""
+    """A config whose reward is the share of digits, right or not, among an answer's characters."""
     folder = tmp_path_factory.mktemp("reward")
     (folder / "digit_reward.py").write_text(
         "def share(prompt, completion, answer):\n"
@@ -148,10 +137,7 @@ def test_grpo_raises_its_reward(grpo: MakeConfig, tmp_path: Path, backend: str) 
     assert all(row["reward_timeouts"] == 0 for row in trained(tmp_path / "run"))
 
 
-@pytest.mark.parametrize(
-    "backend",
-    [pytest.param(name, marks=pytest.mark.slow if name == "mlx" else ()) for name in AVAILABLE],
-)
+@pytest.mark.parametrize("backend", LEARNING)
 def test_a_stopped_grpo_draws_the_same_answers(
     grpo: MakeConfig, tmp_path: Path, backend: str
 ) -> None:
@@ -283,7 +269,7 @@ def test_a_changed_reward_file_is_noticed(
     ) as told:
         resume(tmp_path / "run")
     assert "reward.json" in told.value.fix
-    assert Run.open(tmp_path / "run").last_ending() != "stopped"
+    assert Run.open(tmp_path / "run").last_ending() == ""
     file.write_bytes(first)
     assert resume(tmp_path / "run").start_step == 2
     forget_last(tmp_path / "run", 4)
@@ -309,17 +295,6 @@ def test_a_function_that_fails_is_told(tmp_path: Path) -> None:
         scored(tmp_path, "", reward="other:score")
 
 
-class StopAt(Sink):
-    """Sends this process SIGTERM once a step has been written down."""
-
-    def __init__(self, step: int) -> None:
-        self.step = step
-
-    def metrics(self, row: Row) -> None:
-        if row["step"] == self.step:
-            os.kill(os.getpid(), signal.SIGTERM)
-
-
 @pytest.mark.parametrize("objective", ["dpo", "grpo"])
 def test_what_a_stopped_run_promises_holds(
     dpo: MakeConfig, grpo: MakeConfig, tmp_path: Path, objective: str
@@ -328,8 +303,8 @@ def test_what_a_stopped_run_promises_holds(
     config = (dpo if objective == "dpo" else grpo)("train.steps=6", "checkpoint.every_steps=0")
     with pytest.raises(StoppedBySignal):
         finetune(config, tmp_path / "run", backend="torch", sinks=[StopAt(2)])
-    assert resume(tmp_path / "run").step == 6
-    proven = [e for e in Run.open(tmp_path / "run").read_events()
-              if e["kind"] == "continuation_proven"]  # fmt: skip
+    watcher = StopAt()
+    assert resume(tmp_path / "run", sinks=[watcher]).step == 6
+    proven = watcher.of_kind("continuation_proven")
     assert len(proven) == 1
     assert proven[0]["deviation"] == 0

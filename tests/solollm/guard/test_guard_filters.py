@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import random
 import time
 
@@ -16,7 +15,7 @@ from solollm.guard.notices import Notices
 from solollm.guard.personal_filter import PersonalData
 from solollm.guard.sample_texts import DEVELOP, HELD_OUT
 from solollm.guard.settings import GuardSettings, RepetitionTable, Rule
-from solollm.serving.text_filter import FilterChain, FilterContext
+from solollm.serving.text_filter import FilterChain, FilterContext, let_through
 
 RULES = (
     Rule(name="project", words=("project bluebird", "bluebird", "青い鳥"), replacement="[project]"),
@@ -38,12 +37,7 @@ PIECES = (
 
 def told(guard: Guard, pieces: list[str], message: str = "hello") -> tuple[str, str | None]:
     chain = FilterChain(guard(FilterContext([{"role": "user", "content": message}], True)))
-    shown = ""
-    for piece in pieces:
-        shown += chain.push(piece)
-        if chain.stopped:
-            return shown, chain.stopped
-    return shown + chain.finish(), chain.stopped
+    return let_through(chain, pieces)
 
 
 def cut(text: str, rng: random.Random) -> list[str]:
@@ -59,9 +53,8 @@ def cut(text: str, rng: random.Random) -> list[str]:
 def test_a_thousand_random_cuts_change_nothing() -> None:
     """A find missed because it came in two tokens, text lost or shown twice at a cut, a mask that
     was already half shown."""
-    logging.disable(logging.CRITICAL)
     rng = random.Random(20)
-    guard = Guard(GuardSettings(rules=RULES))
+    guard = Guard(GuardSettings(rules=RULES), notices=Notices(is_silent=True))
     ends = {"masked": 0, "ended": 0}
     for number in range(100):
         parts = rng.choices(PIECES, k=rng.randint(1, 25))
@@ -74,7 +67,6 @@ def test_a_thousand_random_cuts_change_nothing() -> None:
         for _ in range(10):
             pieces = cut(text, rng)
             assert told(guard, pieces) == whole, pieces
-    logging.disable(logging.NOTSET)
     assert ends["masked"] > 50
     assert 10 < ends["ended"] < 90
 
@@ -189,15 +181,14 @@ def test_no_pattern_and_no_text_takes_long() -> None:
     Counted in processor time, with a bound that only an explosion reaches."""
     rule = Rule(name="evil", pattern=r"(a+)+$|(.*)*x{30}", max_chars=1000)
     unlooped = RepetitionTable(enabled=False)  # it would end them before they are long
-    evil = Guard(GuardSettings(rules=(rule,), repetition=unlooped))
+    settings = GuardSettings(rules=(rule,), repetition=unlooped)
+    evil = Guard(settings, notices=Notices(is_silent=True))
     texts = ("a" * 20_000 + "!", "1-" * 10_000, "a@" * 10_000, "(" * 20_000, "+1 " * 7_000,
              "GB29 " * 4_000, "-----BEGIN " * 2_000, "eyJ" * 7_000,
              "I want to " * 2_000, "DA39A3EE5E6B4B0D3255BFEF9560 " * 700)  # fmt: skip
-    logging.disable(logging.CRITICAL)
     begun = time.process_time()
     for text in texts:
         told(evil, [text[i : i + 50] for i in range(0, len(text), 50)], text)
-    logging.disable(logging.NOTSET)
     assert time.process_time() - begun < 60
 
 

@@ -6,7 +6,7 @@ import random
 
 import pytest
 
-from solollm.serving.text_filter import FilterChain, StopStrings, TextFilter
+from solollm.serving.text_filter import FilterChain, StopStrings, TextFilter, let_through
 
 
 class Upper(TextFilter):
@@ -28,15 +28,6 @@ class Upper(TextFilter):
         return held.upper()
 
 
-def _run(chain: FilterChain, pieces: list[str]) -> tuple[str, str | None]:
-    shown = ""
-    for piece in pieces:
-        shown += chain.push(piece)
-        if chain.stopped:
-            return shown, chain.stopped
-    return shown + chain.finish(), chain.stopped
-
-
 def _cut(text: str, rng: random.Random) -> list[str]:
     places = sorted(rng.sample(range(len(text) + 1), rng.randint(0, len(text))))
     return [text[a:b] for a, b in zip([0, *places], [*places, len(text)], strict=True)]
@@ -47,19 +38,22 @@ def test_the_end_does_not_depend_on_the_pieces(text: str) -> None:
     """A stop string seen only when it comes in one piece, or text lost in a held-back tail."""
     rng = random.Random(0)
     for stops in (["abc", "b"], ["aab"], ["abd", "ab!"], []):
-        whole = _run(FilterChain([StopStrings(stops), Upper()]), [text])
+        whole = let_through(FilterChain([StopStrings(stops), Upper()]), [text])
         for _ in range(100):
             pieces = _cut(text, rng)
-            assert _run(FilterChain([StopStrings(stops), Upper()]), pieces) == whole, pieces
+            assert let_through(FilterChain([StopStrings(stops), Upper()]), pieces) == whole, pieces
 
 
 def test_the_stop_that_is_complete_first_ends_the_text() -> None:
     """Of two stops that overlap, the one that began first although it ended later."""
-    assert _run(FilterChain([StopStrings(["abc", "b"])]), ["xabc"]) == ("xa", "stop")
-    assert _run(FilterChain([StopStrings(["abc"])]), ["xab"]) == ("xab", None)
+    assert let_through(FilterChain([StopStrings(["abc", "b"])]), ["xabc"]) == ("xa", "stop")
+    assert let_through(FilterChain([StopStrings(["abc"])]), ["xab"]) == ("xab", None)
 
 
 def test_a_later_filter_still_sees_the_last_text() -> None:
     """A filter behind the one that stopped, whose tail is thrown away."""
-    assert _run(FilterChain([StopStrings(["."]), Upper()]), ["ab.c"]) == ("AB", "stop")
-    assert _run(FilterChain([StopStrings(["."]), Upper()]), ["a!b."]) == ("A", "content_filter")
+    assert let_through(FilterChain([StopStrings(["."]), Upper()]), ["ab.c"]) == ("AB", "stop")
+    assert let_through(FilterChain([StopStrings(["."]), Upper()]), ["a!b."]) == (
+        "A",
+        "content_filter",
+    )
