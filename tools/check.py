@@ -25,6 +25,7 @@ from environment import ROOT, SetupError, ensure_environment, require_python, sa
 FOLDER = ROOT / ".venv-check"
 VLLM_FOLDER = ROOT / ".venv-vllm"
 DEV_DISK = 1.0e9  # bytes of the test dependencies, measured
+_INSTALLATION = "vLLM's environment"  # without it the next step has nothing to test
 NO_TESTS = 5  # pytest's exit code when nothing carries the mark
 
 
@@ -38,7 +39,12 @@ def main() -> int:
     except KeyboardInterrupt:
         return 130
     started = time.monotonic()
-    failed = [name for name, command in _steps(arguments, str(python)) if not _run(name, command)]
+    failed = []
+    for name, command in _steps(arguments, str(python)):
+        if not _run(name, command):
+            failed.append(name)
+            if name == _INSTALLATION:
+                break
     seconds = time.monotonic() - started
     say(f"\ncheck: {'FAILED: ' + ', '.join(failed) if failed else 'all passed'} ({seconds:.0f} s)")
     return 1 if failed else 0
@@ -51,7 +57,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--slow", action="store_true", help="run the slow tests instead")
     parser.add_argument("--gpu", action="store_true", help="run the CUDA tests instead")
     parser.add_argument(
-        "--with-vllm", action="store_true", help="install vLLM's CPU build and run its tests"
+        "--with-vllm",
+        action="store_true",
+        help="install vLLM's CPU build (or take SOLOLLM_VLLM_PYTHON's) and run its tests",
     )
     parser.add_argument("--bench", action="store_true", help="run the benchmarks instead")
     parser.add_argument(
@@ -99,14 +107,15 @@ def _test_processes() -> str:
 
 
 def _vllm_steps(python: str, torch_index: str) -> list[tuple[str, list[str]]]:
-    """vLLM's own environment (about 5 GB, minutes the first time), then the tests that use it."""
+    """vLLM's own environment (about 5 GB, minutes the first time), unless SOLOLLM_VLLM_PYTHON names
+    the interpreter of one, then the tests that use it."""
+    tests = ("vllm tests", [python, "-m", "pytest", "-m", "vllm"])
+    if os.environ.get("SOLOLLM_VLLM_PYTHON"):
+        return [tests]
     os.environ["SOLOLLM_VLLM_PYTHON"] = str(VLLM_FOLDER / "bin" / "python")
     install = [python, "-m", "solollm", "engines", "install", "vllm", "--cpu"]
     index = ["--torch-index", torch_index] if torch_index else []
-    return [
-        ("vLLM's environment", [*install, "--into", str(VLLM_FOLDER), *index]),
-        ("vllm tests", [python, "-m", "pytest", "-m", "vllm", "-x"]),
-    ]
+    return [(_INSTALLATION, [*install, "--into", str(VLLM_FOLDER), *index]), tests]
 
 
 def _run(name: str, command: list[str]) -> bool:

@@ -162,6 +162,15 @@ def _prompts(side: TextSide, length: int, count: int) -> list[str]:
     return [side.tokenizer.decode(rng.choice(words, length - 1).tolist()) for _ in range(count)]
 
 
+def _beginning(side: TextSide) -> str:
+    """What the other stacks need before a text so that it begins with the same token as on ours."""
+    from tokenizers import Tokenizer as PlainTokenizer
+
+    plain = PlainTokenizer.from_file(str(side.checkpoint / "tokenizer.json"))
+    first, bos = plain.encode("a").ids[0], side.tokenizer.bos_id
+    return "" if first == bos else side.tokenizer.decode([bos], skip_special=False)
+
+
 @contextlib.contextmanager
 def _running(
     name: str, side: TextSide, max_batch_size: int, vllm_python: Path | None
@@ -182,7 +191,7 @@ def _running(
             url = f"http://127.0.0.1:{port}"
             _until_answers(child, url)
             # It reads any path that a request names; this one it has already.
-            yield Target(url, "default_model"), _cpu_of(child.pid)
+            yield Target(url, "default_model", prefix=_beginning(side)), _cpu_of(child.pid)
         return
     command = [
         sys.executable, "-m", "solollm", "serve", f"{_NAME}={side.checkpoint}", "--port", "0",
@@ -214,7 +223,8 @@ def _vllm(
     try:
         asyncio.run(process.revive())
         assert process.pid is not None
-        yield Target("http://vllm", MODEL_NAME, str(process.socket)), _cpu_of(process.pid)
+        target = Target("http://vllm", MODEL_NAME, str(process.socket), _beginning(side))
+        yield target, _cpu_of(process.pid)
     finally:
         asyncio.run(process.close())
 

@@ -28,11 +28,12 @@ _REQUEST_SECONDS = 300.0
 @dataclass(frozen=True)
 class Target:
     """A server: `url` on loopback, or any with `socket`, the path of a Unix socket; `model`: the
-    name to ask for."""
+    name to ask for; `prefix`: what stands before every prompt there."""
 
     url: str
     model: str
     socket: str = ""
+    prefix: str = ""
 
     def client(self) -> httpx.AsyncClient:
         """Raises ConfigError for an address that is not this machine's."""
@@ -151,8 +152,8 @@ async def _all_users(target: Target, load: Load, prompts: Sequence[str]) -> list
 
 async def _ask(client: httpx.AsyncClient, target: Target, load: Load, prompt: str) -> Seen:
     body = {
-        "model": target.model, "prompt": prompt, "max_tokens": load.new_tokens, "temperature": 0,
-        "stream": True, "stream_options": {"include_usage": True},
+        "model": target.model, "prompt": target.prefix + prompt, "max_tokens": load.new_tokens,
+        "temperature": 0, "stream": True, "stream_options": {"include_usage": True},
     }  # fmt: skip
     started = time.monotonic()
     moments: list[float] = []

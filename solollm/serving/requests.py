@@ -112,7 +112,8 @@ def _job(
     if room < 1:
         raise ApiError(
             400, f"The prompt has {len(prompt)} tokens; this model's context holds {context},"
-            " the answer included", code="context_length_exceeded", param="messages",
+            " the answer included", code="context_length_exceeded",
+            param="messages" if isinstance(request, ChatRequest) else "prompt",
         )  # fmt: skip
     if max_new_tokens is not None and max_new_tokens > limits.max_new_tokens:
         raise invalid(f"at most {limits.max_new_tokens} new tokens", "max_tokens")

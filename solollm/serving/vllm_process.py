@@ -12,6 +12,7 @@ import os
 import shutil
 import signal
 import subprocess
+import sys
 import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -26,6 +27,17 @@ _POLL_SECONDS = 0.25
 _MAX_PAUSE = 30.0
 _MAX_LORAS = 8  # in one batch of a card; each takes memory of its own
 _LOG_TAIL = 12  # lines
+# Ends vLLM and removes its folder when the server that started it is gone, however it went: vLLM's
+# own processes go on without it, and would keep a card's memory.
+_KEEPER = """
+import os, shutil, signal, sys
+sys.stdin.read()
+try:
+    os.killpg(int(sys.argv[1]), signal.SIGKILL)
+except ProcessLookupError:
+    pass
+shutil.rmtree(sys.argv[2], ignore_errors=True)
+"""
 MODEL_NAME = "base"
 MAX_LOGPROBS = 20 + 63  # what clients may ask for, and the padding rows that may stand before them
 _MODEL_FILES = (
@@ -85,7 +97,7 @@ def environment(settings: VllmSettings) -> dict[str, str]:
     kept = {k: v for k, v in os.environ.items() if not k.startswith(("PYTHON", "SOLOLLM_"))}
     kept |= {
         "HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1",
-        "DO_NOT_TRACK": "1",
+        "DO_NOT_TRACK": "1", "VLLM_ENGINE_READY_TIMEOUT_S": f"{_START_SECONDS:.0f}",
     }  # fmt: skip
     if settings.memory_bytes:
         kept["VLLM_CPU_KVCACHE_SPACE"] = str(max(1, settings.memory_bytes >> 30))
@@ -101,6 +113,7 @@ class VllmProcess:
         # Not under a deep temporary folder: a socket's path has about 100 characters.
         self._folder = Path(tempfile.mkdtemp(prefix="solollm-vllm-", dir=_short_folder()))
         self._child: subprocess.Popen[bytes] | None = None
+        self._keeper: subprocess.Popen[bytes] | None = None
         self._pause = 0.0
         self.socket = self._folder / "s"
         self.log = self._folder / "log"
@@ -135,12 +148,16 @@ class VllmProcess:
                 env=environment(self._settings), stdin=subprocess.DEVNULL, stdout=log, stderr=log,
                 start_new_session=True, cwd=self._folder,
             )  # fmt: skip
+        self._keeper = subprocess.Popen(
+            [sys.executable, "-I", "-S", "-c", _KEEPER, str(self._child.pid), str(self._folder)],
+            stdin=subprocess.PIPE, start_new_session=True,
+        )  # fmt: skip
         await self._until_well()
         self._pause = 0.0
 
     async def end(self) -> None:
         """SIGTERM, then SIGKILL, to it and its own children."""
-        child, self._child = self._child, None
+        child = self._child
         if child is None:
             return
         for number in (signal.SIGTERM, signal.SIGKILL):
@@ -148,6 +165,11 @@ class VllmProcess:
                 os.killpg(child.pid, number)
             with contextlib.suppress(subprocess.TimeoutExpired):
                 await asyncio.to_thread(child.wait, 15)
+        self._child = None  # last: who is cancelled in between comes back to end it
+        if self._keeper is not None:
+            self._keeper.kill()
+            self._keeper.communicate()
+            self._keeper = None
 
     async def close(self) -> None:
         """End it and remove its folder."""

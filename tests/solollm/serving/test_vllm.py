@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import json
 import socket
+import subprocess
+import sys
 import threading
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 
 from solollm.backend import SamplingParams
@@ -66,6 +70,42 @@ def test_its_environment_is_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "PYTHONPATH" not in given
     assert "secret" not in given.values()
     assert given["VLLM_NO_USAGE_STATS"] == given["HF_HUB_OFFLINE"] == "1"
+
+
+def test_nothing_is_left_of_it_when_its_server_is_killed(
+    tmp_path: Path, served_checkpoint: Path
+) -> None:
+    """A card's memory held by a vLLM whose server is gone, until somebody looks for it."""
+    python, pids = tmp_path / "python", tmp_path / "pids"
+    python.write_text(f"#!/bin/sh\nsleep 600 &\necho $$ $! $PWD > {pids}.new\n"
+                      f"mv {pids}.new {pids}; wait\n")  # fmt: skip
+    python.chmod(0o755)
+    program = (
+        "import asyncio, sys; from pathlib import Path\n"
+        "from solollm.serving.vllm_process import VllmProcess, VllmSettings\n"
+        "settings = VllmSettings(python=Path(sys.argv[1]), max_seq_len=8)\n"
+        "asyncio.run(VllmProcess(Path(sys.argv[2]), settings).revive())"
+    )
+    with subprocess.Popen([sys.executable, "-c", program, python, served_checkpoint]) as server:
+        _until(pids.exists)
+        *both, folder = pids.read_text().split()
+        server.kill()
+    _until(lambda: not any(_is_alive(int(pid)) for pid in both))
+    _until(lambda: not Path(folder).exists())
+
+
+def _until(condition: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 90
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
+def _is_alive(pid: int) -> bool:
+    try:
+        return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
 
 
 def test_a_job_becomes_a_request_of_token_ids() -> None:
