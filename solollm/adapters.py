@@ -18,7 +18,7 @@ import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
 from solollm.architecture import ModelConfig, ParameterSpec, parameter_table
-from solollm.errors import ConfigError
+from solollm.errors import BackendError, ConfigError
 
 PEFT_PREFIX = "base_model.model."
 ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
@@ -93,6 +93,35 @@ def adapter_table(model: ModelConfig, options: AdapterOptions) -> list[Parameter
 def trained_table(model: ModelConfig, options: AdapterOptions | None) -> list[ParameterSpec]:
     """What a session trains, saves and loads: the adapter's tensors, or all of the model's."""
     return parameter_table(model) if options is None else adapter_table(model, options)
+
+
+def require_trainable(optimizer: str, clip: str) -> None:
+    """What a session needs to train an adapter: names of `solollm.config.OptimizerTable`.
+
+    Raises:
+        BackendError, ConfigError: an optimizer, or a way to clip, that trains no adapter.
+    """
+    if optimizer != "adamw":
+        raise BackendError(
+            f"an adapter is not trained with {optimizer}",
+            why="it orthogonalises whole weight matrices, and an adapter's factors are none",
+            fix='set optimizer.name = "adamw"',
+        )
+    if clip != "exact":
+        raise ConfigError(
+            f"an adapter is not trained with {clip} clipping",
+            why="its gradients are small and all held at once, so that the exact norm is free",
+            fix='set optimizer.clip = "exact"',
+        )
+
+
+def require_base(is_there: bool) -> None:
+    """Raises BackendError where a session that trains an adapter was given no base yet."""
+    if not is_there:
+        raise BackendError(
+            "this session trains an adapter and has no base yet",
+            fix="call import_base with the tensors of the model that the adapter is for",
+        )
 
 
 def codec_of(adapters: Sequence[str]) -> str:

@@ -12,10 +12,9 @@ from functools import partial
 import mlx.core as mx
 import numpy as np
 
-from solollm.adapters import AdapterOptions, adapter_table
+from solollm.adapters import AdapterOptions, adapter_table, require_base, require_trainable
 from solollm.architecture import ModelConfig, initial_parameter
 from solollm.backend import Batch, Engine, EngineOptions, Plan, SessionOptions, TensorSource
-from solollm.errors import BackendError, ConfigError
 from solollm_mlx import loss
 from solollm_mlx.adapter import adapted_project, beside_base, lora_of, read_base
 from solollm_mlx.model import Weights
@@ -35,7 +34,7 @@ class AdapterSession(MlxSession):
             BackendError, ConfigError: as `MlxSession`, and for an optimizer that trains no adapter.
         """
         assert options.adapter is not None
-        _refuse_unsupported(options)
+        require_trainable(options.optimizer.name, options.optimizer.clip)
         self._adapter: AdapterOptions = options.adapter
         super().__init__(model, options, plan, group)
         self._project = partial(adapted_project, scale=self._adapter.scale)
@@ -54,41 +53,18 @@ class AdapterSession(MlxSession):
         return frozen | beside_base(weights)
 
     def _gradients(self, batch: Batch) -> tuple[mx.array, Arrays]:
-        self._require_base()
+        require_base(bool(self._frozen))
         return super()._gradients(batch)
 
     def token_logprobs(self, batch: Batch, *, adapter: bool = True) -> np.ndarray:
-        self._require_base()
+        require_base(bool(self._frozen))
         return self._logprobs_under(self._weights if adapter else {}, batch)
 
     def engine(self, options: EngineOptions) -> Engine:
         from solollm_mlx.engine import MlxEngine
 
-        self._require_base()
+        require_base(bool(self._frozen))
         if options.compute_dtype == "auto":
             options = replace(options, compute_dtype=self._plan.compute_dtype)
         lora = lora_of(self._weights, self._model, self._adapter)
         return MlxEngine(self._frozen, self._model, options, lora=lora)
-
-    def _require_base(self) -> None:
-        if not self._frozen:
-            raise BackendError(
-                "this session trains an adapter and has no base yet",
-                fix="call import_base with the tensors of the model that the adapter is for",
-            )
-
-
-def _refuse_unsupported(options: SessionOptions) -> None:
-    table = options.optimizer
-    if table.name != "adamw":
-        raise BackendError(
-            f"an adapter is not trained with {table.name}",
-            why="it orthogonalises whole weight matrices, and an adapter's factors are none",
-            fix='set optimizer.name = "adamw"',
-        )
-    if table.clip != "exact":
-        raise ConfigError(
-            f"an adapter is not trained with {table.clip} clipping",
-            why="its gradients are small and all held at once, so that the exact norm is free",
-            fix='set optimizer.clip = "exact"',
-        )

@@ -8,9 +8,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from solollm.adapters import adapter_table
+from solollm.adapters import adapter_table, require_base, require_trainable
 from solollm.backend import Batch, Engine, EngineOptions, SessionOptions, TensorSource
-from solollm.errors import BackendError, ConfigError
+from solollm.errors import ConfigError
 from solollm_torch.adapter import adapted_decoder
 from solollm_torch.gradients import DTYPES, attach_gradients, gradient_of, padded_size
 from solollm_torch.masters import Masters
@@ -58,44 +58,25 @@ class AdapterSession(TorchSession):
         self._has_base = True
 
     def _loss_and_norm(self, batch: Batch, lagged: LaggedStep | None = None) -> Tensor:
-        self._require_base()
+        require_base(self._has_base)
         return super()._loss_and_norm(batch, lagged)
 
     def token_logprobs(self, batch: Batch, *, adapter: bool = True) -> np.ndarray:
-        self._require_base()
+        require_base(self._has_base)
         with nullcontext() if adapter else self._adapter.switched_off():
             return super().token_logprobs(batch)
 
     def engine(self, options: EngineOptions) -> Engine:
-        self._require_base()
+        require_base(self._has_base)
         return super().engine(options)
 
     def close(self) -> None:
         super().close()
         del self._adapter
 
-    def _require_base(self) -> None:
-        if not self._has_base:
-            raise BackendError(
-                "this session trains an adapter and has no base yet",
-                fix="call import_base with the tensors of the model that the adapter is for",
-            )
-
 
 def _refuse_unsupported(options: SessionOptions) -> None:
-    table = options.optimizer
-    if table.name != "adamw":
-        raise BackendError(
-            f"an adapter is not trained with {table.name}",
-            why="it orthogonalises whole weight matrices, and an adapter's factors are none",
-            fix='set optimizer.name = "adamw"',
-        )
-    if table.clip != "exact":
-        raise ConfigError(
-            f"an adapter is not trained with {table.clip} clipping",
-            why="its gradients are small and all held at once, so that the exact norm is free",
-            fix='set optimizer.clip = "exact"',
-        )
+    require_trainable(options.optimizer.name, options.optimizer.clip)
     for key in ("master", "gradients"):
         if options.backend_options.get(key, "float32") not in ("float32", "auto"):
             raise ConfigError(

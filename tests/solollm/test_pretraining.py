@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import os
 import shutil
-import signal
 from pathlib import Path
 from typing import Any
 
@@ -19,40 +17,13 @@ from solollm.errors import ConfigError, IntegrityError, RunLocked, StoppedBySign
 from solollm.horizon import updated
 from solollm.pretraining import prepare, pretrain, resume
 from solollm.resume_proof import tiny_config
-from solollm.run_log import Row
 from solollm.runs import Run
+from solollm.testing.watching import StopAt
 from solollm.tokenizer import Tokenizer
 from solollm.tokenizer_training import train_tokenizer
 
 torch = pytest.importorskip("torch")
 STEPS = 20  # more than an epoch of the small corpus
-
-
-class Watcher:
-    """A sink that keeps events, and sends a signal at the row of one step."""
-
-    def __init__(self, stop_at: int | None = None) -> None:
-        self.stop_at = stop_at
-        self.events: list[Row] = []
-        self.facts: Row = {}
-
-    def start(self, facts: Row) -> None:
-        self.facts = facts
-
-    def metrics(self, row: Row) -> None:
-        if row["step"] == self.stop_at:
-            os.kill(os.getpid(), signal.SIGTERM)
-
-    def evaluation(self, row: Row) -> None: ...
-    def sample(self, row: Row) -> None: ...
-
-    def event(self, row: Row) -> None:
-        self.events.append(row)
-
-    def finish(self, summary: Row) -> None: ...
-
-    def of_kind(self, kind: str) -> list[Row]:
-        return [event for event in self.events if event["kind"] == kind]
 
 
 @pytest.fixture(scope="module")
@@ -81,7 +52,7 @@ def straight(config: RunConfig, tmp_path_factory: pytest.TempPathFactory) -> Pat
 def cut(config: RunConfig, run: Path, step: int) -> None:
     """Train up to the row of `step`, then stop by a signal."""
     with pytest.raises(StoppedBySignal):
-        pretrain(config, run, sinks=[Watcher(stop_at=step)])
+        pretrain(config, run, sinks=[StopAt(step)])
 
 
 def final_digest(run: Path, step: int = STEPS) -> str:
@@ -98,7 +69,7 @@ def test_resume_equals_straight_run(config, straight, tmp_path, step) -> None:
     """Guards against any state that a checkpoint forgets: moments, updates, data position, best."""
     run = tmp_path / "run"
     cut(config, run, step)
-    watcher = Watcher()
+    watcher = StopAt()
     result = resume(run, sinks=[watcher])
     assert 0 < result.start_step < STEPS
     assert final_digest(run) == final_digest(straight)
@@ -115,7 +86,7 @@ def test_a_run_stopped_twice_equals_a_straight_run(config, straight, tmp_path) -
     run = tmp_path / "run"
     cut(config, run, 3)
     with pytest.raises(StoppedBySignal):
-        resume(run, sinks=[Watcher(stop_at=11)])
+        resume(run, sinks=[StopAt(11)])
     resume(run)
     assert final_digest(run) == final_digest(straight)
     assert losses(run) == losses(straight)
@@ -167,7 +138,7 @@ def test_a_damaged_checkpoint_is_passed_over_and_said(config, straight, tmp_path
     content = bytearray(weights.read_bytes())
     content[-100] ^= 1
     weights.write_bytes(content)
-    watcher = Watcher()
+    watcher = StopAt()
     result = resume(run, sinks=[watcher])
     assert result.start_step == 10
     assert newest.name in watcher.of_kind("checkpoint_damaged")[0]["reason"]
@@ -258,7 +229,7 @@ def test_a_changed_version_is_said(config, tmp_path, monkeypatch) -> None:
         return replace(real(self), versions={"torch": "9.9"})
 
     monkeypatch.setattr(TorchBackend, "capabilities", upgraded)
-    watcher = Watcher()
+    watcher = StopAt()
     resume(run, sinks=[watcher])
     assert "9.9" in watcher.of_kind("environment_changed")[0]["changes"]
     lineage = Run.open(run).read_lineage()
@@ -283,7 +254,7 @@ def test_a_run_goes_on_with_another_backend(config, straight, tmp_path, monkeypa
     monkeypatch.setattr(
         "solollm.pretraining.select_backend", lambda name: Selected(OtherBackend(), name)
     )
-    watcher = Watcher()
+    watcher = StopAt()
     result = resume(run, backend="other", sinks=[watcher])
     assert "backend was torch, is other" in watcher.of_kind("environment_changed")[0]["changes"]
     proven = watcher.of_kind("continuation_proven")[0]
