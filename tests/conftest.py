@@ -10,6 +10,20 @@ import pytest
 
 from solollm.architecture import ModelConfig
 
+# The files that take longest. They are begun first, so that at the end of a suite that runs in
+# several processes none of them is left to one process alone.
+_LONGEST = (
+    "torch/test_two_ranks.py", "backends/test_migration.py", "solollm/test_supervisor.py",
+    "mlx/test_conformance.py", "torch/test_memory.py", "mlx/test_resume.py", "mlx/test_memory.py",
+    "serving/test_chat_page.py", "finetune/test_rl.py", "solollm/test_resume_proof.py",
+    "torch/test_offload.py", "serving/test_supervision.py", "commands/test_pretrain.py",
+)  # fmt: skip
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The longest files first; else in pytest's order."""
+    items.sort(key=lambda item: not item.path.as_posix().endswith(_LONGEST))
+
 
 @pytest.fixture(scope="session", autouse=True)
 def interruptible() -> None:

@@ -133,7 +133,11 @@ def go_on(path: Path, backend: str, recipe: Recipe, *, with_optimizer: bool = Tr
     return session
 
 
-@pytest.fixture(scope="module", params=RECIPES)
+_SLOW = {"muon-tied": pytest.mark.slow}  # what it has, the others have between them
+_PARAMS = [pytest.param(name, marks=_SLOW.get(name, ())) for name in RECIPES]
+
+
+@pytest.fixture(scope="module", params=_PARAMS)
 def recipe(request: pytest.FixtureRequest) -> Recipe:
     return RECIPES[request.param]
 

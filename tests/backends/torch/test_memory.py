@@ -25,7 +25,7 @@ CASES: dict[str, dict[str, Any]] = {
     "plain": {},
     "long": {"rows": 32},
     "checkpointed": {"rows": 32, "activation_checkpointing": True},
-    "bf16": {"compute_dtype": "bfloat16", "rows": 16, "num_hidden_layers": 3},
+    "bf16": {"compute_dtype": "bfloat16", "rows": 8, "num_hidden_layers": 2},
     "grouped-qk-norm": {"num_key_value_heads": 2, "qk_norm": True, "rows": 16},
     "packed": {"packed": True, "rows": 16},
     "muon": {"name": "muon", "rows": 16},
