@@ -9,7 +9,6 @@ import math
 import os
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -455,29 +454,6 @@ def test_one_gigabyte_in_one_line(tmp_path: Path, tokenizer: Tokenizer) -> None:
     assert figures["extra_mb"] < 512  # type: ignore[operator]
     assert (figures["kept"], figures["items"]) == (17, 2**10 + 2)
     assert figures["broken"] == {"line too long": 1}
-
-
-def test_data_wait_is_a_small_part_of_a_step(
-    tmp_path: Path, tokenizer: Tokenizer, record_property: Callable[[str, object], None]
-) -> None:
-    """Guards the loader's cost: CPU per token, without prefetching. A fast CPU step costs 1e-4 s
-    a token at 1M parameters; 0.5 % of it is 0.5 microseconds."""
-    import time
-
-    source = tmp_path / "x.jsonl"
-    source.write_text("".join(json.dumps({"text": _text(n) * 9}) + "\n" for n in range(3000)))
-    build_corpus([source], tmp_path / "c", tokenizer=tokenizer)
-    stream = open_stream(tmp_path / "c", seq_len=256, batch_size=16)
-    stream.batch(0)
-    costs = []
-    for step in range(30):
-        began = time.process_time()
-        stream.batch(step)
-        costs.append((time.process_time() - began) / (16 * 256))
-    microseconds = 1e6 * sorted(costs)[15]
-    print(f"{microseconds:.3f} microseconds of CPU per token")
-    record_property("microseconds_per_token", microseconds)
-    assert microseconds < 0.5
 
 
 def test_held_out_share_is_the_fraction() -> None:

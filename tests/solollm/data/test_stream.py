@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import json
+import queue
 import subprocess
 import sys
 import tempfile
-import time
 from collections import Counter
 from collections.abc import Callable
 from itertools import pairwise
@@ -176,28 +176,29 @@ def test_impossible_requests_are_refused(make_corpus: MakeCorpus) -> None:
         open_stream(corpus, seq_len=4, batch_size=1).batch(-1)
 
 
-class _SlowStream:
-    """20 ms of work for each batch, as on a cold disk."""
+class _WatchedStream:
+    """Says which step is being made."""
 
-    fingerprint = "slow"
+    fingerprint = "watched"
+
+    def __init__(self) -> None:
+        self.asked: queue.SimpleQueue[int] = queue.SimpleQueue()
 
     def batch(self, step: int) -> Batch:
-        time.sleep(0.02)
+        self.asked.put(step)
         ids = np.full((1, 1), step, np.int32)
         return Batch(input_ids=ids, labels=ids, denominator=1.0)
 
 
-def test_prefetch_hides_the_time_of_the_next_batch() -> None:
-    """Guards data wait: work of 20 ms behind a step of 30 ms costs the step under a tenth of it."""
-    waits = []
-    with Prefetch(_SlowStream()) as stream:
+def test_the_next_batch_is_made_before_it_is_asked_for() -> None:
+    """Guards data wait: a batch that is made only when the step needs it."""
+    watched = _WatchedStream()
+    with Prefetch(watched) as stream:
         for step in range(6):
-            began = time.perf_counter()
             assert stream.batch(step).input_ids[0, 0] == step
-            waits.append(time.perf_counter() - began)
-            time.sleep(0.03)
-    assert sorted(waits[1:])[2] < 0.003
-    assert waits[0] >= 0.02
+            made = [watched.asked.get(timeout=60)] if step == 0 else []
+            made.append(watched.asked.get(timeout=60))
+            assert made == ([0, 1] if step == 0 else [step + 1])
 
 
 def test_prefetch_gives_the_same_batches_after_a_jump(make_corpus: MakeCorpus) -> None:
