@@ -36,7 +36,7 @@ _SHORTCUTS = {
     "epochs": "finetune.epochs",
     "rank": "finetune.adapter.rank",
 }
-_SHOWN_SAMPLES = 3
+_SHOWN_SAMPLES, _SHOWN_PROBLEMS = 3, 20
 
 
 @click.command("finetune", epilog=_EPILOG)
@@ -64,6 +64,7 @@ def command(
     BASE is a run (its newest intact checkpoint), a checkpoint or an imported model. Loss is taken
     only on what the assistant says, its end of turn included.
     """
+    from solollm.errors import DataError
     from solollm.finetune.tuning import finetune_config, look, prepare_tuning, start
 
     given = [f"train.init_from={json.dumps(base)}"]
@@ -76,8 +77,7 @@ def command(
     if check:
         reading, findings = look(config)
         show_check(reading, findings, as_json=as_json)
-        findings.require_sound()
-        return
+        click.get_current_context().exit(DataError.exit_code if findings.faults else 0)
     if run is None:
         raise click.UsageError("give the new run a folder: --run runs/NAME (or --check)")
     prepared = prepare_tuning(config)
@@ -103,16 +103,24 @@ def show_findings(findings: Findings) -> None:
 
 def show_check(reading: Reading, findings: Findings, *, as_json: bool) -> None:
     """Print samples with the trained tokens marked, and everything that was found."""
+    from solollm.finetune.dataset import folded
+
     if as_json:
         print_json(findings.as_json())
         return
     for one in reading.laid[:_SHOWN_SAMPLES]:
         say(f"--- {one.place}")
-        for sample in one.samples:
+        names = ("",) if len(one.samples) == 1 else ("chosen", "rejected")
+        for name, sample in zip(names, one.samples, strict=True):
+            if name:
+                say(f"{name}:")
             show_sample(sample, reading.tokenizer)
     show_findings(findings)
-    for problem in findings.problems:
-        say(f"bad row     {problem}")
+    lines = folded(findings.problems)
+    for line in lines[:_SHOWN_PROBLEMS]:
+        say(f"bad row     {line}")
+    if len(lines) > _SHOWN_PROBLEMS:
+        say(f"            {len(lines) - _SHOWN_PROBLEMS:,} other reasons; --json lists every row")
     for fault in findings.faults:
         say(f"FAULT       {fault}")
     if not findings.faults:

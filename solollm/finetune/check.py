@@ -13,14 +13,13 @@ import numpy as np
 
 from solollm.config import FinetuneTable
 from solollm.errors import DataError
-from solollm.finetune.dataset import MAX_OVER_LENGTH_SHARE, Reading
+from solollm.finetune.dataset import MAX_OVER_LENGTH_SHARE, Problem, Reading, counted_rows
 from solollm.finetune.rendering import Rendered
 from solollm.model_folder import CONFIG, GENERATION
 from solollm.strictfile import read_table
 from solollm.tensorfile import FLOATS, open_weights
 from solollm.tokenizer import Tokenizer
 
-_SHOWN_PROBLEMS = 20
 _SAME_DIRECTION = 0.999  # cosine; 1 - 3e-7 in a base, 0.995 after a hundred steps of tuning
 _EMBEDDING, _HEAD = "model.embed_tokens.weight", "lm_head.weight"
 
@@ -37,7 +36,7 @@ class Findings:
     longest: int
     seq_len: int
     truncated: int
-    problems: tuple[str, ...]
+    problems: tuple[Problem, ...]
     faults: tuple[str, ...]
     warnings: tuple[str, ...] = ()
 
@@ -52,7 +51,8 @@ class Findings:
 
     def as_json(self) -> dict[str, Any]:
         """Everything, as plain values."""
-        lists = {name: list(getattr(self, name)) for name in ("problems", "faults", "warnings")}
+        names = ("problems", "faults", "warnings")
+        lists = {name: [str(one) for one in getattr(self, name)] for name in names}
         return {**vars(self), **lists}
 
 
@@ -68,12 +68,10 @@ def examine(reading: Reading, table: FinetuneTable, base: Path, *, seq_len: int)
             f" at {too_long[0].place}, and finetune.over_length does not say what becomes of them"
         )
     if reading.problems:
-        more = len(reading.problems) - _SHOWN_PROBLEMS
-        faults.append(
-            f"{len(reading.problems):,} rows cannot be trained on"
-            if more <= 0
-            else f"{len(reading.problems):,} rows cannot be trained on, {more:,} not shown"
-        )
+        count = counted_rows(len(reading.problems))
+        faults.append(f"{count} cannot be trained on: mend or remove what is named")
+    elif not reading.train:
+        faults.append("there is no row to train on")
     return Findings(
         shapes=dict(reading.shapes),
         num_train=len(reading.train),
@@ -82,7 +80,7 @@ def examine(reading: Reading, table: FinetuneTable, base: Path, *, seq_len: int)
         longest=reading.longest,
         seq_len=seq_len,
         truncated=len(too_long),
-        problems=tuple(reading.problems[:_SHOWN_PROBLEMS]),
+        problems=tuple(reading.problems),
         faults=tuple(faults),
         warnings=tuple(_unlearnt(base, reading.tokenizer)) if table.method != "full" else (),
     )

@@ -26,6 +26,31 @@ _MAX_SEQ_LEN, _MIN_SEQ_LEN = 2048, 512  # of what is chosen where nothing is sai
 _SHOWN_PROBLEMS = 5
 
 
+class Problem(NamedTuple):
+    """A row that cannot be trained on, and why."""
+
+    place: str
+    reason: str
+
+    def __str__(self) -> str:
+        return f"{self.place}: {self.reason}"
+
+
+def folded(problems: Sequence[Problem]) -> list[str]:
+    """One line per reason: the first row that has it, and how many more."""
+    more = Counter(problem.reason for problem in problems)
+    first = {problem.reason: problem for problem in reversed(problems)}
+    lines = [first[reason] for reason in more]  # in the order of the rows
+    return [
+        f"{one}" + (f" ({more[one.reason] - 1:,} more like it)" if more[one.reason] > 1 else "")
+        for one in lines
+    ]
+
+
+def counted_rows(count: int) -> str:
+    return f"{count:,} row" + ("" if count == 1 else "s")
+
+
 class Laid(NamedTuple):
     """One conversation laid out: one sample, or the two of a preference pair."""
 
@@ -46,7 +71,7 @@ class Reading:
     train: list[Laid] = field(default_factory=list)
     held_out: list[Laid] = field(default_factory=list)
     shapes: Counter[str] = field(default_factory=Counter)
-    problems: list[str] = field(default_factory=list)
+    problems: list[Problem] = field(default_factory=list)
 
     @property
     def laid(self) -> list[Laid]:
@@ -62,11 +87,12 @@ class Reading:
     def require_whole(self) -> None:
         """Raise DataError where a row has a problem, or nothing is left to train on."""
         if self.problems:
-            shown = "; ".join(self.problems[:_SHOWN_PROBLEMS])
-            more = len(self.problems) - _SHOWN_PROBLEMS
+            lines = folded(self.problems)
+            more = len(lines) - _SHOWN_PROBLEMS
             raise DataError(
-                f"{len(self.problems):,} rows cannot be trained on",
-                why=shown + (f"; and {more:,} more" if more > 0 else ""),
+                f"{counted_rows(len(self.problems))} cannot be trained on",
+                why="; ".join(lines[:_SHOWN_PROBLEMS])
+                + (f"; and {more:,} other reasons" if more > 0 else ""),
                 fix="mend or remove these rows; `solollm finetune --check` lists them all",
             )
         if not self.train:
@@ -115,7 +141,7 @@ def _laid_out(sources: Sequence[str], table: FinetuneTable, reading: Reading) ->
         try:
             yield _lay_out(row, table, reading)
         except (BadRow, ConfigError, IntegrityError) as error:
-            reading.problems.append(f"{row.place}: {error}")
+            reading.problems.append(Problem(row.place, str(error)))
 
 
 def _lay_out(row: Row, table: FinetuneTable, reading: Reading) -> Laid:
@@ -130,6 +156,8 @@ def _lay_out(row: Row, table: FinetuneTable, reading: Reading) -> Laid:
         raise BadRow(f"is of the shape {shape}; DPO needs chosen and rejected answers")
     reading.shapes[shape] += 1
     found = conversation(row.value, shape, system=table.system)
+    if wanted and found.messages == found.rejected:
+        raise BadRow("chosen and rejected are the same answer")
     turns = [found.messages, found.rejected] if wanted else [found.messages]
     samples = tuple(render(reading.tokenizer, messages) for messages in turns)
     if not all(sample.produced[1:].any() for sample in samples):

@@ -16,6 +16,7 @@ from solollm.data.formats import FileKind, file_kind
 from solollm.data.items import Limits, Unreadable
 from solollm.data.sources import check_sources, hub_rows
 from solollm.errors import ConfigError, DataError
+from solollm.finetune.shapes import kind_of
 
 MAX_ROW_BYTES = 1 << 24
 _READ = ("jsonl", "json", "parquet")
@@ -125,11 +126,20 @@ def _parsed(place: str, line: bytes) -> Row:
     try:
         value = json.loads(line)
     except (ValueError, RecursionError) as error:
-        return Row(place, {}, f"is no JSON: {error}")
+        return Row(place, {}, f"is no JSON: {_in_line(error)}")
     return _row(place, value)
+
+
+def _in_line(error: Exception) -> str:
+    """What is wrong and in which column: the parser calls every line the first."""
+    if isinstance(error, json.JSONDecodeError):
+        return f"{error.msg}, at character {error.colno}"
+    if isinstance(error, UnicodeDecodeError):
+        return f"{error.object[error.start : error.start + 1]!r} at byte {error.start} is no UTF-8"
+    return str(error)
 
 
 def _row(place: str, value: Any) -> Row:
     if not isinstance(value, Mapping):
-        return Row(place, {}, f"is a {type(value).__name__}, not an object")
+        return Row(place, {}, f"is {kind_of(value)}, not an object")
     return Row(place, value)

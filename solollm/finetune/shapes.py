@@ -115,21 +115,21 @@ def _preference(row: Mapping[str, Any]) -> tuple[Messages, Messages]:
 
 def _messages(value: Any, *, role: str, content: str) -> Messages:
     if not isinstance(value, list) or not value:
-        raise BadRow(f"its turns are {_kind(value)}, not a list of messages")
+        raise BadRow(f"its turns are {kind_of(value)}, not a list of messages")
     result = []
     for place, turn in enumerate(value, 1):
         if not isinstance(turn, Mapping):
-            raise BadRow(f"message {place} is {_kind(turn)}, not an object")
+            raise BadRow(f"message {place} is {kind_of(turn)}, not an object")
         for key in (role, content):
-            if turn.get(key) is None:
+            if key not in turn:
                 raise BadRow(f"message {place} has no `{key}`; it has {_keys(turn)}")
         speaker = turn[role]
         if not isinstance(speaker, str):
-            raise BadRow(f"`{role}` of message {place} is {_kind(speaker)}, not text")
+            raise BadRow(f"`{role}` of message {place} is {kind_of(speaker)}, not text")
         known = _SPEAKERS if role == "from" else {name: name for name in ROLES}
         if speaker not in known:
             hint = nearest(speaker, known) or f"known are {', '.join(known)}"
-            raise BadRow(f"message {place} has the unknown {role} {speaker[:40]!r}; {hint}")
+            raise BadRow(f"`{role}` of message {place} is the unknown {speaker[:40]!r}; {hint}")
         result.append(_message(known[speaker], _content(turn[content], f"message {place}")))
     return result
 
@@ -141,7 +141,7 @@ def _content(value: Any, place: str) -> str:
     ):
         value = "".join(str(part.get("text", "")) for part in value)
     if not isinstance(value, str):
-        raise BadRow(f"the content of {place} is {_kind(value)}, not text")
+        raise BadRow(f"the content of {place} is {kind_of(value)}, not text")
     return value
 
 
@@ -175,20 +175,25 @@ def _message(role: str, content: str) -> dict[str, str]:
 
 
 def _need(row: Mapping[str, Any], key: str) -> Any:
-    if row.get(key) is None:
+    if key not in row:
         raise BadRow(f"has no `{key}`; it has {_keys(row)}")
+    if row[key] is None:
+        raise BadRow(f"its `{key}` is null")
     return row[key]
 
 
 def _text(row: Mapping[str, Any], key: str) -> str:
     value = _need(row, key)
     if not isinstance(value, str):
-        raise BadRow(f"`{key}` is {_kind(value)}, not text")
+        raise BadRow(f"`{key}` is {kind_of(value)}, not text")
     return value
 
 
-def _kind(value: Any) -> str:
-    names = {"list": "a list", "dict": "an object", "NoneType": "null", "str": "text"}
+def kind_of(value: Any) -> str:
+    names = {
+        "list": "a list", "dict": "an object", "NoneType": "null", "str": "text",
+        "int": "a number", "float": "a number", "bool": "true or false",
+    }  # fmt: skip
     kind = type(value).__name__
     return "an empty list" if value == [] else names.get(kind, f"a {kind}")
 

@@ -77,10 +77,16 @@ def test_bad_rows_are_named_by_file_and_line(small_tokenizer: Tokenizer, tmp_pat
     rows = [{"prompt": "a", "completion": "b"}, {"prompt": None, "completion": "c"}]
     pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), table)
     reading = read(small_tokenizer, path, table)
-    places = [problem.split(": ")[0] for problem in reading.problems]
+    places = [problem.place for problem in reading.problems]
     assert places == [*(f"rows.jsonl:{n}" for n in range(2, 8)), "rows.parquet row 2"]
-    for reason in ("no JSON", "is a list", "is empty", "no known shape", "1,000,000 characters"):
-        assert any(reason in problem for problem in reading.problems), reason
+    for reason in (
+        "is no JSON: Expecting ',' delimiter, at character 17",
+        "is a list",
+        "is empty",
+        "no known shape",
+        "1,000,000 characters",
+    ):
+        assert any(reason in problem.reason for problem in reading.problems), reason
     assert len(reading.laid) == 3
     with pytest.raises(DataError, match=r"rows\.jsonl:2"):
         sample_set(reading, FinetuneTable(), 64)

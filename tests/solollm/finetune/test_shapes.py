@@ -60,9 +60,9 @@ def test_preference_pairs_share_all_but_the_last_turn(row: dict[str, Any]) -> No
         ([{"content": "why?"}, ANSWER], "message 1 has no `role`"),
         ([USER, {"role": "assistant"}], "message 2 has no `content`"),
         ([USER, {**ANSWER, "content": " \n"}], "message 2, the assistant's, is empty"),
-        ([{**USER, "role": "usr"}, ANSWER], "unknown role 'usr'; did you mean `user`"),
-        ([{**USER, "role": 3}, ANSWER], "`role` of message 1 is a int"),
-        ([{**USER, "content": 5}, ANSWER], "content of message 1 is a int, not text"),
+        ([{**USER, "role": "usr"}, ANSWER], "unknown 'usr'; did you mean `user`"),
+        ([{**USER, "role": 3}, ANSWER], "`role` of message 1 is a number"),
+        ([{**USER, "content": 5}, ANSWER], "content of message 1 is a number, not text"),
         ([{**USER, "content": "x" * (MAX_MESSAGE_CHARS + 1)}, ANSWER], "250,001 characters"),
         ([{**USER, "content": "\ud800"}, ANSWER], "lone surrogate"),
         ([USER], "nobody answers"),
@@ -84,12 +84,16 @@ def test_a_bad_row_says_why(messages: Any, reason: str) -> None:
     ("row", "shape", "reason"),
     [
         ({"prompt": "a"}, "prompt_completion", "no prompt with its completion; it has prompt"),
-        ({"instruction": "a", "output": None}, "alpaca", "has no `output`"),
-        ({"instruction": 1, "output": "b"}, "alpaca", "`instruction` is a int"),
-        ({"conversations": [{"from": "bot", "value": "x"}]}, "sharegpt", "unknown from 'bot'"),
+        ({"instruction": "a", "output": None}, "alpaca", "its `output` is null"),
+        ({"instruction": 1, "output": "b"}, "alpaca", "`instruction` is a number"),
+        (
+            {"conversations": [{"from": "bot", "value": "x"}]},
+            "sharegpt",
+            "`from` of message 1 is the unknown 'bot'",
+        ),
         ({"chosen": PLAIN, "rejected": [{**USER, "content": "?"}, ANSWER]}, "preference", "differ"),
     ],
-)
+)  # fmt: skip
 def test_a_row_of_another_shape_says_why(row: Any, shape: Any, reason: str) -> None:
     """Guards: a half-filled column read as text."""
     with pytest.raises(BadRow, match=reason):

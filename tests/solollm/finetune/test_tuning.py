@@ -149,3 +149,28 @@ def test_check_shows_what_is_trained_and_the_command_trains_it(
     assert "bad.jsonl:1: message 2, the assistant's, is empty" in capsys.readouterr().out
     assert main(["finetune", str(base), "--data", str(bad), "--run", str(tmp_path / "no")]) == 5
     assert not (tmp_path / "no" / "run.toml").exists()
+
+
+def test_check_says_what_is_wrong_once_and_lists_all_of_it_as_json(
+    base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Guards: a wall of one line; rows that no output names; an empty file called sound; pairs of
+    which nobody sees which answer is preferred."""
+    answer = {"prompt": "why?", "chosen": "so.", "rejected": "no."}
+    rows = [answer, {**answer, "rejected": "so."}, *[{"question": "why?", "answer": "so."}] * 30]
+    data, empty = tmp_path / "rows.jsonl", tmp_path / "empty.jsonl"
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    empty.write_text("\n", encoding="utf-8")
+    words = ["finetune", str(base), "--set", "finetune.objective=dpo", "--check", "--data"]
+    assert main([*words, str(data)]) == 5
+    shown = capsys.readouterr().out
+    assert shown.index("chosen:\n") < shown.index("so.") < shown.index("rejected:\n")
+    assert "rows.jsonl:2: chosen and rejected are the same answer\n" in shown
+    assert shown.count("DPO needs chosen and rejected") == 1
+    assert "rows.jsonl:3: is of the shape prompt_completion" in shown
+    assert "(29 more like it)" in shown
+    assert main([*words, str(data), "--json"]) == 5
+    places = [line.split(": ")[0] for line in json.loads(capsys.readouterr().out)["problems"]]
+    assert places == [f"rows.jsonl:{number}" for number in range(2, 33)]
+    assert main([*words, str(empty)]) == 5
+    assert "there is no row to train on" in capsys.readouterr().out
