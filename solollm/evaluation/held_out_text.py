@@ -14,13 +14,13 @@ from pathlib import Path
 from statistics import NormalDist
 
 from solollm.completion import TextModel
-from solollm.config import RunConfig
 from solollm.data.inspection import corpus_tokenizer
 from solollm.data.items import Broken, Document
 from solollm.data.shards import SplitReader
 from solollm.data.sources import read_documents
 from solollm.errors import ConfigError, DataError
 from solollm.generation import loglikelihood
+from solollm.runs import Run
 
 DEFAULT_BYTES = 1_000_000
 _Z95 = NormalDist().inv_cdf(0.975)
@@ -65,10 +65,11 @@ def corpus_documents(corpus: Path) -> Iterator[str]:
         yield tokenizer.decode(reader.document(number).tolist())
 
 
-def run_corpus(config: RunConfig) -> Path | None:
-    """Where the corpus of a run lies, if it is here."""
-    corpus = Path(config.data.corpus)
-    return corpus if config.data.corpus and (corpus / "index.json").is_file() else None
+def run_corpus(run: Run) -> Path | None:
+    """Where the corpus of a run lies, if it is here: `run.toml` names it as seen from the run."""
+    named = run.config.data.corpus
+    corpus = (run.path.resolve() / named).resolve()
+    return corpus if named and (corpus / "index.json").is_file() else None
 
 
 def score_text(

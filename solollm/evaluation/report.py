@@ -206,7 +206,7 @@ def _texts(
     if texts or options.benchmarks or options.latency:
         return texts
     run = next((p for p in (path, checkpoint.parent.parent) if (p / "run.toml").is_file()), None)
-    corpus = run_corpus(Run.open(run).config) if run else None
+    corpus = run_corpus(Run.open(run)) if run else None
     if corpus is None:
         raise ConfigError(
             f"nothing to measure {path} on",

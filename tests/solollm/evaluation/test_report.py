@@ -19,6 +19,7 @@ from solollm.evaluation.held_out_text import score_text
 from solollm.evaluation.quoted import QUOTED_ROWS
 from solollm.evaluation.report import EvalOptions, evaluate, headline, save_evaluation
 from solollm.generation import generate
+from solollm.run_paths import with_paths_from
 from solollm.runs import Run
 from solollm.tokenizer import Tokenizer
 
@@ -35,7 +36,8 @@ def run(
 ) -> Path:
     """A run over the small corpus, with one checkpoint of 64 positions."""
     path = tmp_path_factory.mktemp("runs") / "first"
-    Run.create(path, load_config(overrides=[f"data.corpus={small_corpus}"]))
+    config = load_config(overrides=[f"data.corpus={small_corpus}"])
+    Run.create(path, with_paths_from(config, path))
     model = ModelConfig(
         vocab_size=small_tokenizer.padded_vocab_size, hidden_size=32, intermediate_size=64,
         num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1, head_dim=16,
