@@ -290,13 +290,18 @@ def verify_checkpoints(parent: Path) -> list[CheckpointReport]:
     return reports
 
 
-def prune(parent: Path, *, keep_latest: int, keep_steps: Collection[int] = ()) -> list[str]:
+def prune(
+    parent: Path, *, keep_latest: int, keep_steps: Collection[int] = (),
+    passed_over: Collection[int] = (),
+) -> list[str]:  # fmt: skip
     """Delete all but the latest finished checkpoints and those of `keep_steps`; unfinished ones go
-    too. Returns what could not be deleted, and why: one failure never stops the rest."""
+    too. Damaged ones, `passed_over`, do not count, and go when a later one is there. Returns what
+    could not be deleted, and why: one failure never stops the rest."""
     assert keep_latest >= 1, keep_latest
     found = list_checkpoints(parent)
-    finished = [step for step, path in found if (path / MANIFEST).exists()]
+    finished = [s for s, path in found if s not in passed_over and (path / MANIFEST).exists()]
     kept = {*finished[-keep_latest:], *(set(keep_steps) & set(finished))}
+    kept |= {step for step in passed_over if step > max(finished, default=0)}
     failures: list[str] = []
     for step, path in found:
         try:

@@ -15,7 +15,13 @@ from typing import Any, NamedTuple
 from solollm import durable
 from solollm.architecture import ModelConfig
 from solollm.backend import Snapshot
-from solollm.checkpoint import TrainerState, prune, save_checkpoint, step_name
+from solollm.checkpoint import (
+    TrainerState,
+    list_checkpoints,
+    prune,
+    save_checkpoint,
+    step_name,
+)
 from solollm.frozen_base import TrainedAdapter
 from solollm.tensorheader import spec_bytes
 
@@ -46,10 +52,14 @@ class CheckpointContents:
 
 class CheckpointWriter:
     """Saves snapshots into `folder`, then prunes it. A context manager: leaving it waits for the
-    save under way, and raises its error unless another error is already on its way."""
+    save under way, and raises its error unless another error is already on its way. `after`: the
+    step that the run goes on from. What lies beyond it is damaged, and never counts as kept."""
 
-    def __init__(self, folder: Path, contents: CheckpointContents, *, keep_latest: int) -> None:
+    def __init__(
+        self, folder: Path, contents: CheckpointContents, *, keep_latest: int, after: int = 0
+    ) -> None:
         self._folder = folder
+        self._passed_over = {step for step, _ in list_checkpoints(folder) if step > after}
         self._contents = contents
         self._keep_latest = keep_latest
         self._executor = ThreadPoolExecutor(1, thread_name_prefix="solollm-checkpoint")
@@ -101,7 +111,11 @@ class CheckpointWriter:
             )
         finally:
             snapshot.close()
-        undeleted = prune(self._folder, keep_latest=self._keep_latest, keep_steps=keep)
+        self._passed_over.discard(state.step)
+        undeleted = prune(
+            self._folder, keep_latest=self._keep_latest, keep_steps=keep,
+            passed_over=self._passed_over,
+        )  # fmt: skip
         return SavedCheckpoint(path, state.step, time.monotonic() - started, undeleted)
 
 

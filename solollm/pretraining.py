@@ -47,7 +47,7 @@ from solollm.rehearsal import rehearsal
 from solollm.report.html import write_report
 from solollm.report.sinks import open_sinks
 from solollm.run_log import Row, Sink
-from solollm.run_paths import with_base, with_paths_from, with_paths_to
+from solollm.run_paths import with_base, with_corpora, with_paths_from, with_paths_to
 from solollm.run_streams import RunStreams, open_streams
 from solollm.runs import Run
 from solollm.starting_weights import (
@@ -146,12 +146,10 @@ def resume(
             opened, sinks = Follower(run, opened.config), []
         with locked(opened, ranks), noting_faults(opened):
             checkpoint, damaged = latest_for_all(opened, ranks)
-            config = with_paths_to(opened.config, run)
-            if corpus is not None:
-                config = updated(config, "data", corpus=str(corpus))
-            config = with_base(config, run, base)
+            config = with_base(with_paths_to(opened.config, run), run, base)
             if checkpoint is not None and checkpoint.step >= (config.train.steps or 0):
                 return replace(TrainResult.read(opened, checkpoint), rank=ranks.rank)
+            config = with_corpora(config, run, corpus)
             recorded = Recorded.of(opened, checkpoint) if checkpoint else None
             prepared = prepare(config, backend=selected, recorded=recorded, memory=memory)
             sinks = [*sinks, *open_sinks(config.log.sinks, run)] if opened.writes else []

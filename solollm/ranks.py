@@ -147,7 +147,7 @@ def latest_for_all(run: Run, ranks: Ranks) -> tuple[Checkpoint | None, list[str]
     """`latest_checkpoint` as rank 0 proves it; the others prove each tensor as they read it.
 
     Raises:
-        IntegrityError: there are checkpoints, and none is intact.
+        IntegrityError: there are checkpoints, and none is intact; or there were.
     """
 
     def latest() -> tuple[Checkpoint | None, list[str]]:
@@ -158,6 +158,8 @@ def latest_for_all(run: Run, ranks: Ranks) -> tuple[Checkpoint | None, list[str]
                 why="; ".join(damaged),
                 fix="restore one from a backup, or start a new run",
             )
+        if checkpoint is None:
+            _require_unsaved(run)
         return checkpoint, damaged
 
     checkpoint, damaged = on_first(ranks, latest) or (None, [])
@@ -165,6 +167,19 @@ def latest_for_all(run: Run, ranks: Ranks) -> tuple[Checkpoint | None, list[str]
     if checkpoint is None and step >= 0:
         checkpoint = open_checkpoint(run.checkpoints / step_name(int(step)), "sizes")
     return checkpoint, damaged
+
+
+def _require_unsaved(run: Run) -> None:
+    """Raise IntegrityError where a run has saved checkpoints before, and none is there."""
+    saved = [row for row in run.read_events() if row.get("kind") == "checkpoint_saved"]
+    if saved:
+        raise IntegrityError(
+            f"{run.checkpoints} holds no checkpoint, but the run had saved up to step"
+            f" {saved[-1].get('step')}",
+            why="to begin again would drop its history and, where a disk is only not mounted, go"
+            " on in two places",
+            fix="put the checkpoints back, or start a new run with `solollm pretrain`",
+        )
 
 
 @contextmanager

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from solollm.config import RunConfig
+from solollm.data.shards import INDEX_NAME
 from solollm.errors import ConfigError
 from solollm.horizon import trains_adapter, updated
 
@@ -25,6 +26,22 @@ def with_paths_from(config: RunConfig, run: Path) -> RunConfig:
 def with_paths_to(config: RunConfig, run: Path) -> RunConfig:
     """The other way: a config read from `run.toml`, its paths usable from here."""
     return _map_paths(config, lambda path: str((run.resolve() / path).resolve()))
+
+
+def with_corpora(config: RunConfig, run: Path, corpus: Path | None) -> RunConfig:
+    """The config with the corpus where it lies now. Raises ConfigError where there is none; the
+    samples of a fine-tuning are the run's own."""
+    if corpus is not None:
+        config = updated(config, "data", corpus=str(corpus))
+    table, fix = config.data, "put it back there, or say where it is: --corpus FOLDER"
+    for place in filter(None, (table.corpus, table.decay_corpus)):
+        if config.finetune is None and not (Path(place) / INDEX_NAME).is_file():
+            raise ConfigError(
+                f"the corpus of {run} is not at {place}",
+                why="a run goes on with the corpus that it began with, and with no other",
+                fix=fix if place == table.corpus else "put the corpus of the decay stage there",
+            )
+    return config
 
 
 def _map_paths(config: RunConfig, change: Callable[[str], str]) -> RunConfig:

@@ -59,8 +59,7 @@ class Trainer:
     ) -> None:
         assert run.config.train.steps is not None, "the config is not resolved"
         assert run.config.optimizer.lr is not None, "the config is not resolved"
-        self._work = work
-        self._session = work.session
+        self._work, self._session = work, work.session
         self._run, self._config = run, run.config
         self._total_steps = run.config.train.steps
         self._peak_lr = run.config.optimizer.lr
@@ -72,6 +71,7 @@ class Trainer:
             run.checkpoints,
             work.contents(),
             keep_latest=run.config.checkpoint.keep_latest,
+            after=self._start_step,
         )
         self._launched: _Launched | None = None
         self._broken = BrokenSteps(run, self._log)

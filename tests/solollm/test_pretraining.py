@@ -97,6 +97,7 @@ def test_a_run_killed_before_its_first_save_starts_over(config, straight, tmp_pa
     run = tmp_path / "run"
     cut(config, run, 2)
     shutil.rmtree(run / "checkpoints")
+    (run / "events.jsonl").unlink()
     assert resume(run).start_step == 0
     assert final_digest(run) == final_digest(straight)
     assert losses(run) == losses(straight)
@@ -154,6 +155,33 @@ def test_without_an_intact_checkpoint_nothing_is_started_over(config, tmp_path) 
         (checkpoint / "optimizer.safetensors").write_bytes(b"")
     with pytest.raises(IntegrityError, match=r"no checkpoint of .* is intact"):
         resume(run)
+
+
+def test_a_run_whose_checkpoints_are_gone_is_not_started_over(config, tmp_path) -> None:
+    """Guards against weeks of history dropped because the disk with the checkpoints was not
+    mounted."""
+    run = tmp_path / "run"
+    cut(config, run, 6)
+    before = losses(run)
+    (run / "checkpoints").rename(tmp_path / "elsewhere")
+    with pytest.raises(IntegrityError, match="had saved up to step 7"):
+        resume(run)
+    assert losses(run) == before
+    (tmp_path / "elsewhere").rename(run / "checkpoints")
+    assert resume(run).start_step == 7
+
+
+def test_a_corpus_that_is_not_there_any_more_is_asked_for(config, small_corpus, tmp_path) -> None:
+    """Guards against being told to build another corpus, and against a finished run that cannot
+    be looked at without its corpus."""
+    run, corpus = tmp_path / "run", tmp_path / "corpus"
+    shutil.copytree(small_corpus, corpus)
+    cut(updated(config, "data", corpus=str(corpus)), run, 4)
+    corpus.rename(tmp_path / "moved")
+    with pytest.raises(ConfigError, match="--corpus FOLDER"):
+        resume(run)
+    assert resume(run, corpus=tmp_path / "moved").step == STEPS
+    assert resume(run).start_step == STEPS
 
 
 def test_another_corpus_is_refused_with_both_fingerprints(config, other_corpus, tmp_path) -> None:

@@ -33,7 +33,13 @@ from solollm.backend import (
     TrainSession,
 )
 from solollm.broken_steps import MAX_CONSECUTIVE_SKIPS, MAX_RETURNS
-from solollm.checkpoint import Environment, latest_checkpoint, list_checkpoints, open_checkpoint
+from solollm.checkpoint import (
+    Environment,
+    latest_checkpoint,
+    list_checkpoints,
+    open_checkpoint,
+    step_name,
+)
 from solollm.config import RunConfig, parse_config
 from solollm.data.stream import batch_digest, open_stream
 from solollm.errors import BackendError, SoloLLMError, Stopped, StoppedBySignal, StorageError
@@ -318,6 +324,26 @@ def test_the_latest_and_the_best_checkpoint_are_kept(bench) -> None:
     assert result.best_step == 2
     state = open_checkpoint(result.checkpoint).state
     assert (state.best_step, state.best_loss) == (2, 1.0)
+
+
+def test_saves_of_a_run_that_fell_back_are_kept(bench) -> None:
+    """Guards against a run that goes on before damaged checkpoints, and loses each of its own:
+    by their numbers the damaged ones are the latest."""
+    table = {"every_steps": 1, "keep_latest": 2, "keep_best": False}
+    bench(steps=5, checkpoint={**table, "keep_latest": 5}).fit()
+    for step in (4, 5):  # what stands under 10 and 11 now is damaged
+        folder = bench(steps=12).run.checkpoints
+        (folder / step_name(step)).rename(folder / step_name(step + 6))
+    made = bench(steps=12, checkpoint=table)
+    made.session.on_step = lambda count: (
+        os.kill(os.getpid(), signal.SIGTERM) if count == 4 else None
+    )
+    with pytest.raises(StoppedBySignal):
+        made.fit(progress=Progress(step=3))
+    assert made.saved_steps() == [6, 7, 10, 11]
+    made.session.on_step = lambda count: None
+    made.fit(progress=Progress(step=7))
+    assert made.saved_steps() == [11, 12]
 
 
 def test_without_keep_best_only_the_latest_stay(bench) -> None:
