@@ -16,6 +16,7 @@ import errno
 import os
 import secrets
 import shutil
+import stat
 import sys
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -28,6 +29,8 @@ _TOKEN_LENGTH = 8
 _WRITE_BYTES = 1 << 26
 _COPY_BYTES = 1 << 22
 _NO_LINKS = {errno.EPERM, errno.EOPNOTSUPP, errno.ENOTSUP, errno.EXDEV, errno.EMLINK, errno.ENOSYS}
+
+_NO_SYNC = {errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS}
 
 Bytes = bytes | bytearray | memoryview
 
@@ -266,10 +269,14 @@ def _open(path: Path, flags: int) -> Iterator[int]:
 
 
 def _sync(path: Path) -> None:
-    """Flush a file's data or a directory's names."""
+    """Flush a file's data or a directory's names. Some file systems (shared folders of virtual
+    machines, FUSE) cannot flush a directory and say so: nothing more can be asked of them."""
     fd = DISK.open(path, os.O_RDONLY)
     try:
         DISK.sync(fd)
+    except OSError as error:
+        if error.errno not in _NO_SYNC or not stat.S_ISDIR(os.fstat(fd).st_mode):
+            raise
     finally:
         DISK.close(fd)
 

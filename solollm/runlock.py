@@ -19,12 +19,12 @@ from solollm.errors import RunLocked, StorageError
 
 _BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 _MAX_BYTES = 4096
-_CLOCK_SECONDS = 2.0  # start times are derived from a clock that may be adjusted
+_CLOCK_SECONDS = 2.0  # where they are derived from a clock that may be adjusted a little
 
 
 class Holder(NamedTuple):
     """Who wrote the lock last: a process of one boot, told from a later one of the same number by
-    its start time (seconds since 1970)."""
+    its start time (`_start_time`)."""
 
     pid: int
     boot_id: str
@@ -32,15 +32,10 @@ class Holder(NamedTuple):
 
     def is_alive(self) -> bool:
         """Whether that very process runs on this machine now."""
-        import psutil
-
         if self.boot_id != _boot_id():
             return False
-        try:
-            started = psutil.Process(self.pid).create_time()
-        except (psutil.Error, ValueError, OverflowError):
-            return False
-        return bool(abs(started - self.started) < _CLOCK_SECONDS)
+        started = _start_time(self.pid)
+        return started is not None and abs(started - self.started) < _CLOCK_SECONDS
 
 
 @contextlib.contextmanager
@@ -95,11 +90,25 @@ def _locked(path: Path) -> RunLocked:
 
 
 def _describe_self() -> bytes:
+    record = {"pid": os.getpid(), "boot_id": _boot_id(), "started": _start_time(os.getpid())}
+    return json.dumps(record).encode() + b"\n"
+
+
+def _start_time(pid: int) -> float | None:
+    """Seconds since boot on Linux, where a time of day would move with every change of the clock;
+    elsewhere since 1970. None: no such process."""
+    try:
+        # proc(5): the second field is a name in brackets, and may hold blanks and brackets.
+        fields = Path(f"/proc/{pid}/stat").read_text(errors="replace").rpartition(")")[2].split()
+        return int(fields[19]) / os.sysconf("SC_CLK_TCK")
+    except (OSError, ValueError, IndexError):
+        pass
     import psutil
 
-    started = psutil.Process().create_time()
-    record = {"pid": os.getpid(), "boot_id": _boot_id(), "started": started}
-    return json.dumps(record).encode() + b"\n"
+    try:
+        return float(psutil.Process(pid).create_time())
+    except (psutil.Error, ValueError, OverflowError):
+        return None
 
 
 def _boot_id() -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import stat
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -91,6 +92,34 @@ def test_any_failing_call_is_reported_and_costs_nothing(
         assert gone or tidied in (old, new), f"call {number}"
     assert error is None
     assert number > 2
+
+
+class NoFolderSync(durable.Disk):
+    """A shared folder of a virtual machine: files are flushed, folders cannot be."""
+
+    def sync(self, fd: int) -> None:
+        if stat.S_ISDIR(os.fstat(fd).st_mode) or self.is_broken:
+            raise OSError(errno.EINVAL, os.strerror(errno.EINVAL))
+        super().sync(fd)
+
+    is_broken = False
+
+
+@pytest.mark.parametrize("action", [replace, stage, append, make, remove])
+def test_a_file_system_that_flushes_no_folder_is_written_to(
+    action: Callable[[Path], None], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Guards: no training at all on such a folder; or a file that is not flushed, and nobody
+    says so."""
+    expected = prepare(tmp_path / "expected")
+    action(expected)
+    folder, disk = prepare(tmp_path / "here"), NoFolderSync()
+    monkeypatch.setattr(durable, "DISK", disk)
+    action(folder)
+    assert contents(folder) == contents(expected)
+    disk.is_broken = True
+    if action in (replace, stage):
+        assert error_of(action, folder) is not None
 
 
 def error_of(action: Callable[[Path], None], folder: Path) -> StorageError | None:

@@ -14,6 +14,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
+import psutil
 import pytest
 
 from solollm import durable
@@ -141,6 +142,19 @@ def test_lock_of_a_dead_process_is_no_lock(run: Run) -> None:
     ):  # fmt: skip
         (run.path / "lock").write_bytes(text)
         with run.lock():
+            pass
+
+
+def test_a_clock_that_is_set_makes_no_run_a_dead_one(
+    run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Guards: a training that is shown as stopped after the clock of a laptop or a virtual machine
+    was set; start times since 1970 are derived from it."""
+    create_time = psutil.Process.create_time
+    with run.lock():
+        monkeypatch.setattr(psutil.Process, "create_time", lambda self: create_time(self) - 7200)
+        assert list_runs(run.path.parent)[0].state == "running"
+        with pytest.raises(RunLocked, match=f"kill {os.getpid()}"), Run.open(run.path).lock():
             pass
 
 
