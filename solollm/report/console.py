@@ -27,12 +27,18 @@ _BARS = "▁▂▃▄▅▆▇█"
 _REDRAW_SECONDS = 0.1
 _LINE_SECONDS = 2.0  # between plain lines; the first and the last always appear
 _SAMPLE_CHARACTERS = 400
+_MOST_LOSSES = 1024  # behind the small curve: weeks of rows must not slow the training down
 _NOTES = {
     "step_skipped": "step {step} was not finite and was skipped",
+    "rolled_back": "step {step} was undone: back to step {to_step}, and around its batch",
     "checkpoint_saved": "saved {path}",
+    "checkpoint_not_deleted": "an old checkpoint could not be deleted: {detail}",
     "checkpoint_damaged": "a damaged checkpoint was passed over: {detail}",
     "resumed": "resumed after step {step}",
-    "stopped": "stopped by {signal} after step {step}",
+    "stopped": "stopped by {cause} after step {step}",
+    "memory_pressure": "memory pressure is {level}",
+    "heat": "heat is {level}: training {duty:.0%} of the time",
+    "power": "power: on battery {on_battery}, low-power mode {low_power_mode}",
     "continuation_proven": "what comes next is what was promised: {result}",
     "continuation_missing": "what comes next could not be written down: {detail}",
     "environment_changed": "this is not the environment of before: {detail}",
@@ -81,6 +87,7 @@ class ConsoleSink:
         self._held_out: dict[str, Any] = {}
         self._sample: dict[str, Any] = {}
         self._losses: list[float | None] = []
+        self._num_rows, self._stride = 0, 1
         self._began = self._shown = clock()
         self._shown_step: object = None
 
@@ -97,7 +104,12 @@ class ConsoleSink:
 
     def metrics(self, row: Row) -> None:
         self._row = dict(row)
-        self._losses.append(_number(row, "loss"))
+        if self._num_rows % self._stride == 0:
+            self._losses.append(_number(row, "loss"))
+        self._num_rows += 1
+        if len(self._losses) > _MOST_LOSSES:  # every other one draws the same curve
+            del self._losses[1::2]
+            self._stride *= 2
         self._show(self._line)
 
     def evaluation(self, row: Row) -> None:
@@ -111,7 +123,8 @@ class ConsoleSink:
 
     def event(self, row: Row) -> None:
         form = _NOTES.get(str(row.get("kind")), "{kind}")
-        values = {"detail": row.get("reason") or row.get("changes") or "", **row}
+        cause = str(row.get("signal") or row.get("cause") or "").replace("_", " ")
+        values = {"detail": row.get("reason") or row.get("changes") or "", **row, "cause": cause}
         try:
             note = form.format(**values)
         except KeyError:

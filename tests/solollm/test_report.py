@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import itertools
 import json
 import math
 import re
@@ -234,6 +235,33 @@ def test_a_terminal_gets_a_block_that_a_model_cannot_steer() -> None:
     assert "step 300 of 300" in shown
     assert "\x1b[2J" not in shown
     assert "alert(1)" in shown
+
+
+def test_weeks_of_rows_are_not_kept_for_the_small_curve() -> None:
+    """A terminal that slows the training down, the more the longer it lasts."""
+    console = Console(file=io.StringIO(), force_terminal=True, width=80, color_system=None)
+    sink = ConsoleSink(console, clock=lambda: 0.0)
+    for number in range(50_000):
+        sink.metrics({"kind": "train", "step": number, "loss": float(-number), "lr": 1.0})
+    assert len(sink._losses) <= 1024
+    assert sink._losses == sorted(sink._losses, reverse=True)
+    gaps = {a - b for a, b in itertools.pairwise(sink._losses)}
+    assert len(gaps) == 1
+    assert min(sink._losses) < -49_900
+
+
+def test_an_event_is_told_with_its_cause() -> None:
+    """A run that stopped by itself, and a terminal that does not say why."""
+    console = Console(file=io.StringIO(), width=80, color_system=None)
+    sink = ConsoleSink(console)
+    sink.event({"kind": "stopped", "step": 7, "cause": "memory_pressure"})
+    sink.event({"kind": "stopped", "step": 8, "signal": "SIGINT"})
+    sink.event({"kind": "rolled_back", "step": 9, "to_step": 5})
+    assert isinstance(console.file, io.StringIO)
+    first, second, third = console.file.getvalue().splitlines()
+    assert first.strip() == "stopped by memory pressure after step 7"
+    assert second.strip() == "stopped by SIGINT after step 8"
+    assert "back to step 5" in third
 
 
 def test_json_lines_are_all_json() -> None:
