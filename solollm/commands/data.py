@@ -94,7 +94,7 @@ def build(
         print_json({"corpus": str(out), **report.model_dump(mode="json")})
         return
     _print(render_report(report))
-    _print(f"\nwritten to {out}; next: solollm pretrain --set data.corpus={out}")
+    _print(f"\nwritten to {out}; next:\nsolollm pretrain --corpus {out} --run runs/{out.name}")
 
 
 @command.command("report", epilog="\b\nExample:\n  solollm data report corpora/mine --verify")

@@ -53,6 +53,20 @@ def file_kind(name: str) -> FileKind | None:
     return None
 
 
+def named_kind(name: str) -> FileKind:
+    """The same of a file that was named by hand: what is not known is text."""
+    suffix = Path(name).suffix.lower()
+    return file_kind(name) or FileKind("text", suffix if suffix in COMPRESSIONS else "")
+
+
+def unread_type(name: str) -> str:
+    """How a report calls a file that `file_kind` does not know: by its suffixes."""
+    path = Path(name)
+    packed = path.suffix.lower() if path.suffix.lower() in COMPRESSIONS else ""
+    inner = Path(path.stem).suffix.lower() if packed else path.suffix.lower()
+    return f"{inner or '(no suffix)'}{f' in {packed}' if packed else ''}"
+
+
 def read_file(path: Path, label: str, kind: FileKind, limits: Limits) -> Iterator[Item]:
     """Everything a file holds. What cannot be read becomes `Broken`, never an exception.
 

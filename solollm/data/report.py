@@ -21,6 +21,7 @@ QUARANTINE_NAME = "quarantine.jsonl"
 _MAX_EXAMPLES = 5
 _MAX_SOURCES = 20
 _MAX_LONGEST = 5
+_SHOWN_CAUSES = 12  # of a kind, in words; the file has all of them
 
 
 class _Record(BaseModel):
@@ -194,9 +195,11 @@ def render_report(report: CorpusReport, *, examples: int = 2) -> str:
         kind: sum(cause.count for cause in causes.values())
         for kind, causes in (("dropped", report.dropped), ("broken", report.broken))
     }
+    unread = sum(cause.count for cause in report.passed_over.values())
     lines = [
         f"{report.items:,} items in: {report.kept:,} kept, {report.duplicates:,} duplicates,"
         f" {lost['dropped']:,} dropped, {lost['broken']:,} broken",
+        *([f"{unread:,} files and folders passed over"] if unread else []),
         "",
         f"{'split':<12}{'documents':>12}{'tokens':>16}{'bytes':>16}{'bytes/token':>13}",
     ]
@@ -208,7 +211,7 @@ def render_report(report: CorpusReport, *, examples: int = 2) -> str:
     lines += ["", f"vocabulary {report.vocab_size:,}, fingerprint {report.fingerprint}"]
     lines += _render_causes("dropped", report.dropped, examples)
     lines += _render_causes(f"broken (all in {QUARANTINE_NAME})", report.broken, examples)
-    lines += _render_causes("passed over", report.passed_over, examples)
+    lines += _render_causes("passed over (unless named one by one)", report.passed_over, examples)
     lines += ["", "longest documents"]
     for document in report.longest:
         beginning = " ".join(document.beginning.split())[:60]
@@ -221,10 +224,14 @@ def _render_causes(title: str, causes: Mapping[str, Cause], examples: int) -> li
     if not causes:
         return []
     lines = ["", title]
-    for reason, cause in causes.items():
+    shown = list(causes.items())[:_SHOWN_CAUSES]
+    for reason, cause in shown:
         lines.append(f"  {cause.count:>8,}  {reason}")
         for example in cause.examples[:examples]:
             parts = (example.source, example.place, example.detail, example.excerpt[:60])
             told = "  ".join(" ".join(part.split()) for part in parts if part)
             lines.append(f"            {told}")
+    rest = [cause.count for cause in causes.values()][_SHOWN_CAUSES:]
+    if rest:
+        lines.append(f"  {sum(rest):>8,}  for {len(rest)} other reasons, see {REPORT_NAME}")
     return lines

@@ -18,7 +18,14 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from solollm.data.formats import FileKind, file_kind, read_file, record_items
+from solollm.data.formats import (
+    FileKind,
+    file_kind,
+    named_kind,
+    read_file,
+    record_items,
+    unread_type,
+)
 from solollm.data.items import Broken, Item, Limits, PassedOver, excerpt
 from solollm.errors import ConfigError, DataError
 
@@ -76,8 +83,7 @@ def read_source(source: str, limits: Limits) -> Iterator[Item]:
         yield from _read_folder(Path(source), limits)
     else:
         name = Path(source).name
-        kind = file_kind(name) or FileKind("text", "")
-        yield from read_file(Path(source), _printable(name), kind, limits)
+        yield from read_file(Path(source), _printable(name), named_kind(name), limits)
 
 
 def standard_library_sources() -> list[str]:
@@ -107,8 +113,7 @@ def _read_folder(root: Path, limits: Limits) -> Iterator[Item]:
         if entry.name.startswith("."):
             yield PassedOver(label, "hidden")
         elif kind is None:
-            suffix = _printable(entry.suffix.lower())
-            yield PassedOver(label, f"file type {suffix or '(no suffix)'}")
+            yield PassedOver(label, f"file type {_printable(unread_type(entry.name))}")
         else:
             yield from read_file(entry, label, kind, limits)
 

@@ -52,7 +52,7 @@ def test_build_report_and_inspect_tell_the_same_story(notes: Path, tmp_path: Pat
     rows = json.loads(_run("inspect", out, "--batch", "0", "--rows", "3", "--json"))
     assert len(rows) == 3
     words = _run("build", notes, "--out", out, "--vocab-size", "300", "--overwrite")
-    assert "solollm pretrain --set data.corpus=" in words
+    assert f"solollm pretrain --corpus {out} --run runs/corpus" in words
     assert "not UTF-8" in words
 
 

@@ -237,11 +237,21 @@ def test_odd_files_never_block_or_end_a_build(tmp_path: Path) -> None:
         ".hidden.txt": "hidden",
         "image.PNG": "file type .png",
         "archive.bz2": "file type .bz2",
-        "nested.txt.gz.gz": "file type .gz",
+        "nested.txt.gz.gz": "file type .gz in .gz",
     }
     (kept,) = [item for item in items if isinstance(item, Document)]
     assert kept.source == "raw/bad\\xffname.txt"
     assert sum(isinstance(item, PassedOver) for item in items) == 6
+
+
+def test_a_file_named_by_hand_is_read_whatever_its_suffix(tmp_path: Path) -> None:
+    """Guards against manual pages and licences that no spelling of the command reads."""
+    (tmp_path / "LICENSE").write_text("free")
+    (tmp_path / "ls.1.gz").write_bytes(gzip.compress(b"list"))
+    assert _texts(_read(tmp_path / "LICENSE")) == ["free"]
+    assert _texts(_read(tmp_path / "ls.1.gz")) == ["list"]
+    reasons = sorted(item.reason for item in _read(tmp_path) if isinstance(item, PassedOver))
+    assert reasons == ["file type (no suffix)", "file type .1 in .gz"]
 
 
 def test_folders_may_be_deeper_than_the_stack(tmp_path: Path) -> None:
