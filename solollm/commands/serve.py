@@ -161,10 +161,12 @@ def _show(listening: Listening, as_json: bool, has_key: bool) -> None:
     for note in listening.notes:
         terminal.print(note, style="dim", markup=False, soft_wrap=True)
     key = " -H 'Authorization: Bearer KEY'" if has_key else ""
+    route, asked = "completions", '"prompt": "Once", "max_tokens": 64'
+    if listening.is_chat:
+        route, asked = "chat/completions", '"messages": [{"role": "user", "content": "Hello"}]'
     example = (
-        f"curl {listening.url}/v1/chat/completions -H 'Content-Type: application/json'{key} -d"
-        f' \'{{"model": "{listening.models[0]}", "messages": [{{"role": "user", "content":'
-        ' "Hello"}]}\''
+        f"curl {listening.url}/v1/{route} -H 'Content-Type: application/json'{key} -d"
+        f' \'{{"model": "{listening.models[0]}", {asked}}}\''
     )
     terminal.print(f"serving {', '.join(listening.models)} at {listening.url}", markup=False)
     terminal.print(example, style="dim", markup=False, soft_wrap=True)

@@ -253,8 +253,12 @@ def unavailable(error: EngineUnavailable) -> ApiError:
 
 async def _routing_error(request: Request, error: Exception) -> Response:
     status = error.status_code if isinstance(error, HTTPException) else 500
-    messages = {404: "there is nothing at this address", 405: "this method is not offered here"}
-    problem = ApiError(status, messages.get(status, "the request failed"), code="not_found")
+    problems = {
+        404: ("there is nothing at this address", "not_found"),
+        405: ("this method is not offered here", "method_not_allowed"),
+    }
+    message, code = problems.get(status, ("the request failed", "failed"))
+    problem = ApiError(status, message, code=code)
     return json_response(problem.body(), status=status)
 
 

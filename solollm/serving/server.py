@@ -69,11 +69,13 @@ class ModelSource:
 
 @dataclass(frozen=True)
 class Listening:
-    """Where a server is reached, what it offers, and notes for whoever started it."""
+    """Where a server is reached, what it offers, and notes for whoever started it. `is_chat`:
+    whether the first model was tuned to answer."""
 
     url: str
     models: tuple[str, ...]
     notes: tuple[str, ...]
+    is_chat: bool
 
 
 def serve(
@@ -187,8 +189,9 @@ def _listen(host: str, port: int) -> socket.socket:
         family = socket.AF_INET6 if ":" in host else socket.AF_INET
         return socket.create_server((host.strip("[]"), port), family=family, backlog=_BACKLOG)
     except OSError as error:
+        why = str(error.strerror or error).partition(" (while")[0]  # which says the address again
         raise ConfigError(
-            f"cannot listen on {host}:{port}", why=str(error.strerror or error),
+            f"cannot listen on {host}:{port}", why=why,
             fix="give another --port (0: any free one), or stop what uses it",
         ) from error  # fmt: skip
 
@@ -226,9 +229,14 @@ def _loaded(  # sizes: a callback, whose one caller is beside it
         return
     host, port = sock.getsockname()[:2]
     address = f"[{host}]" if ":" in host else host
-    devices = [f"{name}: {e.info.name}, {e.info.device}" for name, e in catalogue.engines.items()]
+    devices = [
+        f"{model.name}: {model.checkpoint}, {model.engine.info.name}, {model.engine.info.device}"
+        for model in catalogue
+        if model.adapter is None
+    ]
     names = tuple(model.name for model in catalogue)
-    on_ready(Listening(f"http://{address}:{port}", names, (*notes, *devices)))
+    is_chat = next(iter(catalogue)).is_chat
+    on_ready(Listening(f"http://{address}:{port}", names, (*notes, *devices), is_chat))
 
 
 async def _end_when(until: asyncio.Event | None, server: uvicorn.Server) -> None:

@@ -162,6 +162,8 @@ def vllm_python() -> Path:
     given = os.environ.get("SOLOLLM_VLLM_PYTHON")
     if not given:
         pytest.fail("SOLOLLM_VLLM_PYTHON names no interpreter; run tools/check.py --with-vllm")
+    # Else it binds its threads to the first cores, every vLLM of the tests to the same ones.
+    os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
     return Path(given)
 
 

@@ -259,7 +259,10 @@ def test_errors_name_what_is_wrong(client: openai.OpenAI) -> None:
     assert missing.value.code == "model_not_found"
     with pytest.raises(openai.BadRequestError) as long:
         complete(client, "value " * 600)
-    assert long.value.code == "context_length_exceeded"
+    assert (long.value.code, long.value.param) == ("context_length_exceeded", "prompt")
+    with pytest.raises(openai.APIStatusError) as wrong_method:
+        client.post("/models", cast_to=object)
+    assert wrong_method.value.code == "method_not_allowed"
     with pytest.raises(openai.BadRequestError) as unknown:
         complete(client, extra_body={"temprature": 1})
     assert "`temperature`" in unknown.value.message
