@@ -192,7 +192,7 @@ def serve(
             )  # fmt: skip
     console().print(table)
     for name, why in measured.missing.items():
-        console().print(f"{name} did not start: {why}", markup=False)
+        console().print(f"{name}: {why}", style="yellow", markup=False)
     for name in list(measured.stacks)[1:]:
         console().print(
             f"{name} gave the text of {next(iter(measured.stacks))} in"

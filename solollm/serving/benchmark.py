@@ -44,7 +44,7 @@ _NAME = "model"
 @dataclass(frozen=True)
 class ServeBenchmark:
     """Results by stack, in the order of `users`; `missing`: why a stack that is here did not start,
-    by stack."""
+    or from how many users on it did not answer, by stack."""
 
     stacks: dict[str, tuple[LoadResult, ...]]
     missing: dict[str, str]
@@ -54,9 +54,10 @@ class ServeBenchmark:
     max_batch_size: int
 
     def agreement(self, stack: str) -> float:
-        """The share of requests with the same text as the first stack gave."""
+        """The share of a stack's requests with the same text as the first stack gave."""
         first, own = (self._texts(name) for name in (next(iter(self.stacks)), stack))
-        return sum(a == b for a, b in zip(first, own, strict=True)) / len(first)
+        pairs = list(zip(first, own, strict=False))  # a stack that broke off has fewer
+        return sum(a == b for a, b in pairs) / len(pairs)
 
     def _texts(self, stack: str) -> list[str]:
         return [seen.text for result in self.stacks[stack] for seen in result.seen]
@@ -93,8 +94,7 @@ def bench_serve(
 
     Raises:
         ConfigError: an unknown stack, or one that is not here; prompts that do not fit.
-        BackendError: a stack that does not answer, or a named one, or the only one, that does not
-            start.
+        BackendError: a named stack, or the only one, that does not start; none that answered.
     """
     side = read_text_side(path)
     load = load or Load(1)
@@ -123,14 +123,18 @@ def bench_serve(
             sized = replace(load, users=count)
             first = list(itertools.islice(prompts, count))
             own = list(itertools.islice(prompts, count * load.requests_per_user))
-            for name, (target, cpu) in servers.items():
+            for name, (target, cpu) in list(servers.items()):
                 tell(f"{name}: {count} users")
                 try:
                     run_load(target, replace(sized, requests_per_user=1), first, cpu_seconds=cpu)
                     result = run_load(target, sized, own, cpu_seconds=cpu)
                 except BackendError as error:
-                    raise BackendError(f"{name} at {count} users", why=str(error)) from error
+                    missing[name] = f"at {count} users: {error}"
+                    del servers[name]
+                    continue
                 results.setdefault(name, []).append(result)
+    if not results:
+        raise BackendError("no stack answered", why="; ".join(map(": ".join, missing.items())))
     done = {name: tuple(of) for name, of in results.items()}
     return ServeBenchmark(
         done, missing, tuple(users), prompt_tokens, load.new_tokens, max_batch_size

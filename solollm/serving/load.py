@@ -1,7 +1,8 @@
 """Users who ask a completions server on this machine, and what they saw.
 
-Each user sends one streamed request after the other. Load goes to loopback or a Unix socket alone,
-and is bounded in number and time.
+Each user sends one streamed request after the other. A connection that is refused or reset before
+anything came is tried again, as OpenAI's client does, and the wait counts. Load goes to loopback or
+a Unix socket alone, and is bounded in number and time.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from solollm.serving.access import is_loopback
 
 MAX_USERS = 256
 _REQUEST_SECONDS = 300.0
+_RETRIES, _RETRY_SECONDS = 4, 0.5
 
 
 @dataclass(frozen=True)
@@ -48,13 +50,15 @@ class Target:
 
 @dataclass(frozen=True)
 class Seen:
-    """What one request was like: seconds to its first text, between texts, and in all."""
+    """What one request was like: seconds to its first text, between texts, and in all; how often
+    it had to be sent again."""
 
     first_seconds: float
     gap_seconds: tuple[float, ...]
     seconds: float
     tokens: int
     text: str = ""
+    retries: int = 0
 
 
 @dataclass(frozen=True)
@@ -118,6 +122,7 @@ class LoadResult:
             "tokens_per_cpu_second": self.tokens_per_cpu_second, "goodput": self.goodput,
             "first_p50": self.first(0.5), "first_p95": self.first(0.95),
             "gap_p50": self.gap(0.5), "gap_p95": self.gap(0.95),
+            "retries": sum(one.retries for one in self.seen),
         }  # fmt: skip
 
 
@@ -155,11 +160,29 @@ async def _ask(client: httpx.AsyncClient, target: Target, load: Load, prompt: st
         "model": target.model, "prompt": target.prefix + prompt, "max_tokens": load.new_tokens,
         "temperature": 0, "stream": True, "stream_options": {"include_usage": True},
     }  # fmt: skip
-    started = time.monotonic()
-    moments: list[float] = []
-    pieces: list[str] = []
-    tokens = 0
-    try:
+    answer = _Answer()
+    for retry in itertools.count():
+        try:
+            await answer.receive(client, body)
+            return answer.seen(retry)
+        except httpx.HTTPError as error:
+            if retry == _RETRIES or answer.moments or isinstance(error, httpx.TimeoutException):
+                why = f"{type(error).__name__}, sent {retry + 1} times"
+                raise BackendError(f"the server did not answer: {why}") from error
+            await asyncio.sleep(_RETRY_SECONDS)
+    raise AssertionError("unreachable")
+
+
+class _Answer:
+    """A streamed answer as it comes, from the moment this is made."""
+
+    def __init__(self) -> None:
+        self.moments: list[float] = []
+        self._started = time.monotonic()
+        self._pieces: list[str] = []
+        self._tokens = 0
+
+    async def receive(self, client: httpx.AsyncClient, body: dict[str, Any]) -> None:
         async with client.stream("POST", "/v1/completions", json=body) as answer:
             if answer.status_code != 200:
                 content = (await answer.aread())[:200]
@@ -167,16 +190,18 @@ async def _ask(client: httpx.AsyncClient, target: Target, load: Load, prompt: st
             async for line in answer.aiter_lines():
                 event = _event(line)
                 if event.get("choices"):
-                    moments.append(time.monotonic() - started)
-                    pieces.append(event["choices"][0]["text"])
+                    self.moments.append(time.monotonic() - self._started)
+                    self._pieces.append(event["choices"][0]["text"])
                 if event.get("usage"):
-                    tokens = int(event["usage"]["completion_tokens"])
-    except httpx.HTTPError as error:
-        raise BackendError(f"the server did not answer: {type(error).__name__}") from error
-    if not moments:
-        raise BackendError("an answer came without any text")
-    gaps = tuple(after - before for before, after in itertools.pairwise(moments))
-    return Seen(moments[0], gaps, moments[-1], tokens or len(moments), "".join(pieces))
+                    self._tokens = int(event["usage"]["completion_tokens"])
+
+    def seen(self, retries: int) -> Seen:
+        moments = self.moments
+        if not moments:
+            raise BackendError("an answer came without any text")
+        gaps = tuple(after - before for before, after in itertools.pairwise(moments))
+        tokens = self._tokens or len(moments)
+        return Seen(moments[0], gaps, moments[-1], tokens, "".join(self._pieces), retries)
 
 
 def _event(line: str) -> dict[str, Any]:

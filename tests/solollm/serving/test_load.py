@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import json
+import socket
+import struct
+import threading
 from collections.abc import Callable
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from solollm.errors import ConfigError
+from solollm.errors import BackendError, ConfigError
 from solollm.serving.benchmark import bench_serve
 from solollm.serving.load import Load, LoadResult, Seen, Target, run_load
 
@@ -47,6 +52,45 @@ def test_a_load_is_sent_and_seen(serving: Callable[..., Any]) -> None:
     assert result.tokens == server.metric("solollm_new_tokens_total") - before
     assert all(0 < seen.first_seconds <= seen.seconds for seen in result.seen)
     assert result.to_json()["users"] == 4
+
+
+class _Busy(BaseHTTPRequestHandler):
+    """A server whose first connections are reset before they are answered."""
+
+    resets = 2
+
+    def do_POST(self) -> None:
+        self.rfile.read(int(self.headers["content-length"]))
+        if _Busy.resets:
+            _Busy.resets -= 1
+            self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+            self.close_connection = True
+            return
+        self.send_response(200)
+        self.end_headers()
+        for text in ("a", "b"):
+            event = {"choices": [{"index": 0, "text": text}]}
+            self.wfile.write(f"data: {json.dumps(event)}\n\n".encode())
+
+    def log_message(self, *_: Any) -> None:
+        pass
+
+
+def test_a_reset_connection_is_tried_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A benchmark that ends because a server with a short queue let one of 64 users wait; or one
+    that does not say so."""
+    monkeypatch.setattr("solollm.serving.load._RETRY_SECONDS", 0.05)
+    with ThreadingHTTPServer(("127.0.0.1", 0), _Busy) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        target = Target(f"http://127.0.0.1:{server.server_port}", "m")
+        result = run_load(target, Load(1), ["x"], cpu_seconds=lambda: 0.0)
+        assert [seen.text for seen in result.seen] == ["ab", "ab"]
+        assert result.to_json()["retries"] == 2
+        assert result.first(1.0) > 0.1
+        _Busy.resets = 100
+        with pytest.raises(BackendError, match="sent 5 times"):
+            run_load(target, Load(1), ["x"], cpu_seconds=lambda: 0.0)
+        server.shutdown()
 
 
 def test_what_is_not_here_is_said(served_checkpoint: Path) -> None:
