@@ -14,6 +14,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
+import re
 import secrets
 import shutil
 import stat
@@ -26,6 +27,8 @@ from solollm.errors import StorageError
 TEMPORARY = ".tmp-"
 _ASIDE = ".old-"
 _TOKEN_LENGTH = 8
+_TEMPORARY_NAME = re.compile(rf"{re.escape(TEMPORARY)}.+-[0-9a-f]{{{_TOKEN_LENGTH}}}")
+_ASIDE_NAME = re.compile(rf"{re.escape(_ASIDE)}[0-9a-f]{{{_TOKEN_LENGTH}}}-(.+)")
 _WRITE_BYTES = 1 << 26
 _COPY_BYTES = 1 << 22
 _NO_LINKS = {errno.EPERM, errno.EOPNOTSUPP, errno.ENOTSUP, errno.EXDEV, errno.EMLINK, errno.ENOSYS}
@@ -225,16 +228,17 @@ def clean_stale(folder: Path) -> list[str]:
     """Tidy what a crash left in `folder`; returns what was done. Only for the folder's one writer.
 
     A directory that was moved aside for a successor that never arrived gets its name back; every
-    other temporary is deleted. What cannot be deleted is named and left.
+    other temporary is deleted. What cannot be deleted is named and left, and so is whatever has
+    not exactly such a name: it may be the user's.
     """
     report: list[str] = []
     for path in sorted(folder.iterdir()) if folder.is_dir() else []:
-        name = path.name.removeprefix(_ASIDE)[_TOKEN_LENGTH + 1 :]
+        aside = _ASIDE_NAME.fullmatch(path.name)
         try:
-            if path.name.startswith(_ASIDE) and name and not (folder / name).exists():
-                DISK.rename(path, folder / name)
-                report.append(f"restored {name}")
-            elif path.name.startswith((TEMPORARY, _ASIDE)):
+            if aside and not (folder / aside[1]).exists():
+                DISK.rename(path, folder / aside[1])
+                report.append(f"restored {aside[1]}")
+            elif aside or _TEMPORARY_NAME.fullmatch(path.name):
                 _remove(path)
                 report.append(f"removed {path.name}")
         except OSError as error:

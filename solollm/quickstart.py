@@ -177,7 +177,7 @@ def _size(
     per_step = seconds_per_step(probe, plain, selected.backend, plain_steps(batch))
     rate = probe.flops_per_step / per_step
     narrator.say(
-        f"{rate / 1e9:.0f} GFLOP/s in training, {batch.labels.size / per_step:,.0f} tokens/s"
+        f"{rate / 1e9:.3g} GFLOP/s in training, {batch.labels.size / per_step:,.0f} tokens/s"
     )
     shape, steps = probe, 1
     for depth in _DEPTHS:
@@ -239,7 +239,8 @@ def _train_and_kill(narrator: Narrator, folder: Path, run: Path, steps: int) -> 
         if child.poll() is None:
             child.kill()
         child.wait()
-    narrator.say(f"killed after step {_newest_step(run)} was saved")
+    # The killed process left the cursor inside its last line.
+    narrator.say(f"\nkilled after step {_newest_step(run)} was saved")
 
 
 def _ready_to_die(run: Path, half: int) -> bool:

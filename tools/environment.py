@@ -13,6 +13,8 @@ import platform
 import shutil
 import subprocess
 import sys
+import threading
+import time
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -23,6 +25,7 @@ TORCH = "2.13.0"  # the exact version that the tests ran with; pyproject.toml ha
 CPU_TORCH_DOWNLOAD, CPU_TORCH_DISK = "200 MB", 1.0e9
 CUDA_TORCH_DOWNLOAD, CUDA_TORCH_DISK = "3 GB", 7.0e9
 _STAMP = "solollm-environment"
+_SIGN_OF_LIFE_SECONDS = 30.0
 
 
 class SetupError(Exception):
@@ -143,7 +146,7 @@ def _install_torch(folder: Path, cuda: bool, index: str) -> None:
         size = CUDA_TORCH_DOWNLOAD if cuda else CPU_TORCH_DOWNLOAD
         _pip(folder, [*source, f"torch=={TORCH}"], f"PyTorch {TORCH}, about {size}")
         return
-    what = f"PyTorch {TORCH} for CPUs (no NVIDIA driver seen), about {CPU_TORCH_DOWNLOAD}"
+    what = f"PyTorch {TORCH} (no NVIDIA driver seen), about {CPU_TORCH_DOWNLOAD}"
     if _pip_succeeds(folder, [*source, f"torch=={TORCH}+cpu"], what):
         return
     say(
@@ -157,8 +160,7 @@ def _install_torch(folder: Path, cuda: bool, index: str) -> None:
 
 
 def _pip(folder: Path, arguments: list[str], what: str) -> None:
-    say(f"Downloading and installing {what} ...")
-    done = _run_pip(folder, arguments)
+    done = _run_pip(folder, arguments, what)
     if done.returncode:
         tail = "\n".join((done.stdout + done.stderr).strip().splitlines()[-12:])
         raise SetupError(
@@ -168,13 +170,24 @@ def _pip(folder: Path, arguments: list[str], what: str) -> None:
 
 
 def _pip_succeeds(folder: Path, arguments: list[str], what: str) -> bool:
+    return _run_pip(folder, arguments, what).returncode == 0
+
+
+def _run_pip(folder: Path, arguments: list[str], what: str) -> subprocess.CompletedProcess[str]:
+    """Run pip to its end, and say now and then that it is still at work."""
     say(f"Downloading and installing {what} ...")
-    return _run_pip(folder, arguments).returncode == 0
-
-
-def _run_pip(folder: Path, arguments: list[str]) -> subprocess.CompletedProcess[str]:
     command = [str(python_of(folder)), "-m", "pip", "install", "--disable-pip-version-check"]
-    return subprocess.run([*command, *arguments], capture_output=True, text=True, check=False)
+    begun, ended = time.monotonic(), threading.Event()
+
+    def tell() -> None:
+        while not ended.wait(_SIGN_OF_LIFE_SECONDS):
+            say(f"  still at it after {time.monotonic() - begun:.0f} s")
+
+    threading.Thread(target=tell, daemon=True).start()
+    try:
+        return subprocess.run([*command, *arguments], capture_output=True, text=True, check=False)
+    finally:
+        ended.set()
 
 
 def _digest(requirements: list[str], cuda: bool) -> str:

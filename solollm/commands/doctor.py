@@ -53,6 +53,8 @@ def show(found: Diagnosis, terminal: Console) -> None:
         if content is fits and found.speed is not None and found.fits:
             note = "  time: projected from the speed above, for 20 tokens per parameter"
             terminal.print(note, style="dim")
+        if content is fits and not all(fit.fits for fit in found.fits):
+            terminal.print("  what the others need: solollm plan --preset NAME", style="dim")
     terminal.print("\nWhat to change", style="bold")
     for line in found.advice or ("nothing: this machine is ready",):
         terminal.print(Padding(f"- {line}", (0, 0, 0, 2)), markup=False)

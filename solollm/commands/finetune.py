@@ -85,7 +85,7 @@ def command(
         show_findings(prepared.findings)
     result = start(prepared, run, backend=backend, sinks=[sink_for(as_json=as_json)])
     if not as_json:
-        show_result(result, next_command="chat")
+        show_result(result)
 
 
 def show_findings(findings: Findings) -> None:

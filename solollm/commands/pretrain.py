@@ -97,15 +97,19 @@ def say(text: str) -> None:
     console().print(text, markup=False, soft_wrap=True)
 
 
-def show_result(result: TrainResult, *, next_command: str = "generate") -> None:
+def show_result(result: TrainResult) -> None:
     """Print how a run ended, and what to type next."""
+    from solollm.runs import Run
+
     held_out = ""
     if result.bits_per_byte is not None:
         held_out = f", held-out {result.bits_per_byte:.3f} bits per byte"
     say(f"finished {result.run}: step {result.step:,}{held_out}")
     say(f"weights  {result.checkpoint}")
     say(f"curves   {result.run / 'report.html'}")
-    say(f"next     solollm {next_command} {result.run}")
+    is_tuned = Run.open(result.run).config.finetune is not None
+    told = f"chat {result.run}" if is_tuned else f'generate {result.run} "Once upon a time"'
+    say(f"next     solollm {told}")
 
 
 def show_preparation(prepared: Preparation, *, as_json: bool) -> None:

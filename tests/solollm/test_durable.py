@@ -250,7 +250,8 @@ def test_append_closes_a_torn_line_first(tmp_path: Path) -> None:
 def test_stale_cleaning_restores_removes_and_goes_on(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Guards: a replaced directory that a crash left nameless; one bad entry that stops all."""
+    """Guards: a replaced directory that a crash left nameless; one bad entry that stops all; a
+    user's own files taken for ours where a run lies among them."""
     for name in (
         ".old-0a1b2c3d-lost",
         ".old-0a1b2c3d-present",
@@ -260,7 +261,8 @@ def test_stale_cleaning_restores_removes_and_goes_on(
     ):
         (tmp_path / name / "inner").mkdir(parents=True)
     (tmp_path / ".tmp-file-0a1b2c3d").write_bytes(b"")
-    (tmp_path / ".hidden").write_bytes(b"")
+    for name in (".hidden", ".old-letters", ".tmp-notes", ".old-photos-2019", ".tmp-new-0A1B2C3D"):
+        (tmp_path / name).write_bytes(b"the user's")
     removing = durable.Disk.unlink
 
     def unlink(self: durable.Disk, path: Path) -> None:
@@ -275,8 +277,11 @@ def test_stale_cleaning_restores_removes_and_goes_on(
         "could not tidy .tmp-file-0a1b2c3d: Permission denied",
         "removed .tmp-new-0a1b2c3d",
     ]
-    names = sorted(path.name for path in tmp_path.iterdir())
-    assert names == [".hidden", ".tmp-file-0a1b2c3d", "lost", "present", "x"]
+    names = {path.name for path in tmp_path.iterdir()}
+    assert names == {
+        ".hidden", ".old-letters", ".tmp-notes", ".old-photos-2019", ".tmp-new-0A1B2C3D",
+        ".tmp-file-0a1b2c3d", "lost", "present", "x",
+    }  # fmt: skip
     assert durable.clean_stale(tmp_path / "missing") == []
 
 

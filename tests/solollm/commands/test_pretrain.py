@@ -111,7 +111,7 @@ def test_flags_and_settings_reach_the_run(
     assert main(arguments) == 0
     printed = capsys.readouterr().out
     assert f"finished {run}: step 2, held-out" in printed
-    assert f"solollm generate {run}" in printed
+    assert f'solollm generate {run} "Once upon a time"' in printed
     checkpoint = open_checkpoint(run / "checkpoints" / "step-00000002")
     assert checkpoint.model.num_hidden_layers == 1
     page = (run / "report.html").read_text()
