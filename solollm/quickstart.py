@@ -12,7 +12,9 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
+import sys
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -349,10 +351,13 @@ def _summarize(
     )
     narrator.say(
         "A model of this size has learnt the look of the text: indentation, keywords, common names,"
-        " short idioms. It does not know what the words mean, and invents what it does not know:"
-        " tuning taught it the form of an answer. A useful model has a thousand times its size and"
-        " its text; the steps to it are the same."
+        " short idioms. It does not know what the words mean, and invents what it does not know"
+        f"{': tuning taught it the form of an answer' if tuned else ''}. A useful model has a"
+        " thousand times its size and its text; the steps to it are the same."
     )
+    if shutil.which("solollm") is None:
+        activate = os.path.relpath(Path(sys.prefix, "bin", "activate"))
+        narrator.say(f"First, once in every new terminal: source {activate}")
     for arguments in (
         ["chat", str(result.folder / "tuned")] if tuned else ["chat", str(result.run)],
         ["generate", str(result.run), "def main("],

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shlex
 from collections.abc import Sequence
+from itertools import chain, count
 from pathlib import Path
 
 import click
@@ -13,6 +14,16 @@ from rich.table import Table
 from rich.text import Text
 
 from solollm.commands import console
+
+
+def free_folder(wanted: Path) -> Path:
+    """`wanted`, or with the first number behind it that makes it new or empty."""
+    numbered = (wanted.with_name(f"{wanted.name}-{number}") for number in count(2))
+    return next(path for path in chain([wanted], numbered) if not path.exists() or _is_empty(path))
+
+
+def _is_empty(path: Path) -> bool:
+    return path.is_dir() and not any(path.iterdir())
 
 
 class TerminalNarrator:
@@ -50,9 +61,9 @@ class TerminalNarrator:
 @click.option(
     "--folder",
     type=click.Path(path_type=Path),
-    default=Path("quickstart"),
-    show_default=True,
-    help="Where corpus and run are written; must be new or empty.",
+    default=None,
+    help="Where corpus and run are written; must be new or empty. Default: quickstart, or"
+    " quickstart-2 and so on where that is taken.",
 )
 @click.option(
     "--data",
@@ -69,7 +80,7 @@ class TerminalNarrator:
     help="How long the training part takes. Default: so that all ends within six minutes.",
 )
 def command(
-    folder: Path, sources: tuple[str, ...], backend: str, training_seconds: float | None
+    folder: Path | None, sources: tuple[str, ...], backend: str, training_seconds: float | None
 ) -> None:
     """The whole life of a small model, offline, in a few minutes.
 
@@ -86,7 +97,7 @@ def command(
     terminal = console()
     try:
         quickstart(
-            folder,
+            folder or free_folder(Path("quickstart")),
             TerminalNarrator(terminal),
             sources=sources,
             backend=backend,
