@@ -6,8 +6,8 @@
 The text is the running Python's standard library without tests and codec tables; the files whose
 SHA-1 is 0 modulo 20 are held out (5%). Seconds are process CPU time over the number of threads, so
 that a machine with neighbours gives the same figure as a quiet one. The figure is taken over the
-whole held-out text in windows that do not overlap. `share_of_loading`: of the CPU time, what making
-the batches took; a run makes them ahead, on a thread.
+whole held-out text in windows that do not overlap. `data_wait_share`: of the time that passed, what
+steps waited for their batch.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from solollm.backend import Plan, SessionOptions, TrainSession
 from solollm.config import OptimizerTable, ScheduleTable
 from solollm.data.build import build_corpus
 from solollm.data.sources import standard_library_sources
-from solollm.data.stream import BatchStream, open_stream
+from solollm.data.stream import BatchStream, Prefetch, open_stream
 from solollm.dial import from_depth, horizon
 from solollm.held_out import held_out_loss
 from solollm.registry import select_backend
@@ -55,13 +55,14 @@ def train_for(
     """Train for a budget of CPU seconds per thread, the first steps of which measure the speed."""
     model = from_depth(arguments.depth, arguments.vocab_size)
     session, stream, held_out = _open(corpus, model, arguments)
-    begun = time.process_time()
+    ahead = Prefetch(stream)
+    begun, started = time.process_time(), time.perf_counter()
 
     def spent() -> float:
         return (time.process_time() - begun) / threads
 
     # The schedule needs to know its end: the last steps correct the first guess as they go.
-    step, total, loading = 0, 10**6, 0.0
+    step, total, waited = 0, 10**6, 0.0
     while step < total:
         if step >= PROBE_STEPS:
             total = max(step + 1, int(seconds / (spent() / step)))
@@ -71,17 +72,18 @@ def train_for(
             peak_lr=arguments.lr,
             table=_schedule(arguments),
         )
-        asked = time.process_time()
-        batch = stream.batch(step)
-        loading += time.process_time() - asked
+        asked = time.perf_counter()
+        batch = ahead.batch(step)
+        waited += time.perf_counter() - asked
         session.train_step(batch, lr=lr).result()
         step += 1
-    used = spent()
+    used, passed = spent(), time.perf_counter() - started
+    ahead.close()
     measured = held_out_loss(session, held_out, held_out.steps_per_epoch)
     session.close()
     return {
         "seconds": round(used, 1), "bits_per_byte": round(measured.bits_per_byte, 4),
-        "steps": step, "share_of_loading": round(loading / threads / used, 5),
+        "steps": step, "data_wait_share": round(waited / passed, 5),
         "tokens_per_second": round(step * arguments.rows * arguments.seq_len / used),
         "parameters": model.num_parameters(), "threads": threads, **_settings(arguments),
     }  # fmt: skip
