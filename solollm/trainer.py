@@ -380,7 +380,7 @@ class Trainer:
             "tokens_seen": self._progress.tokens_seen,
             "loss": self._loss,
             "validation_loss": measured.loss if measured else None,
-            "bits_per_byte": measured.bits_per_byte if measured else None,
+            "bits_per_byte": finite(measured.bits_per_byte) if measured else None,
             "best_step": self._progress.best_step,
             "elapsed_seconds": self._elapsed(),
         }

@@ -54,9 +54,11 @@ def tuning(
         repeats={"mmlu": mmlu_repeats, "gsm8k": gsm8k_repeats}, seed=seed,
     )  # fmt: skip
     write_examples(made.examples, out, shape)
-    counts = {name: sum(e.source == name for e in made.examples) for name in made.leaked}
+    asked = {"mmlu": mmlu, "gsm8k": gsm8k}
+    counts = {name: sum(e.source == name for e in made.examples) for name in asked if asked[name]}
     if as_json:
-        print_json({"out": out, "examples": counts, "dropped_as_leaks": made.leaked})
+        leaked = {name: made.leaked[name] for name in counts}
+        print_json({"out": out, "examples": counts, "dropped_as_leaks": leaked})
         return
     for name, count in counts.items():
         console().print(f"{name}: {count:,} examples, {made.leaked[name]:,} dropped as leaks")

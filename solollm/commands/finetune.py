@@ -94,7 +94,9 @@ def show_findings(findings: Findings) -> None:
     say(f"rows        {shapes}")
     say(f"samples     {findings.num_train:,} to train on, {findings.num_held_out:,} held out")
     lengths = f"the longest sample has {findings.longest:,}, a row {findings.seq_len:,}"
-    say(f"tokens      {findings.num_targets:,} trained; {lengths}")
+    # GRPO learns from answers of its own, and only compares them with these.
+    use = "of right answers" if findings.objective == "grpo" else "trained"
+    say(f"tokens      {findings.num_targets:,} {use}; {lengths}")
     if findings.truncated:
         say(f"too long    {findings.truncated:,} samples")
     for warning in findings.warnings:

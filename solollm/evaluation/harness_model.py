@@ -158,7 +158,8 @@ class EngineLM(TemplateLM):  # type: ignore[misc]  # lm-eval is optional, and un
             raise ConfigError(
                 f"the task generates up to {new_tokens} tokens",
                 why=f"the model's context of {self.max_length} leaves no room for a prompt",
-                fix="choose another task, or a model of longer context",
+                fix="choose another task, or a model of longer context: a new one gets it by"
+                f" `solollm pretrain --set model.max_position_embeddings={2 * new_tokens}`",
             )
         sampling = SamplingParams()
         if given.get("do_sample"):

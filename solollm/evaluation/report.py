@@ -16,7 +16,9 @@ from pathlib import Path
 from typing import Any, Literal
 
 from solollm import __version__, durable
+from solollm.adapters import ADAPTER_WEIGHTS
 from solollm.backend import Backend, ComputeDType, EngineOptions
+from solollm.bases import base_record, is_adapter
 from solollm.completion import TextModel, find_checkpoint, open_model
 from solollm.errors import ConfigError
 from solollm.evaluation.harness import Benchmark, HarnessOptions, HarnessResult, run_benchmarks
@@ -34,7 +36,7 @@ from solollm.manifest import MANIFEST
 from solollm.registry import select_backend
 from solollm.runs import Run
 from solollm.strictfile import encode_json
-from solollm.tensorfile import open_weights
+from solollm.tensorfile import TensorFile, Weights, open_weights
 
 FORMAT, VERSION = "solollm-evaluation", 1
 FOLDER = "evaluations"
@@ -91,7 +93,7 @@ def evaluate(
     backend = select_backend(options.backend).backend
     dtype = _dtype(backend, options)
     model = open_model(
-        path, backend=backend.name,
+        path, backend=options.backend,
         options=EngineOptions(max_batch_size=options.batch_size, compute_dtype=dtype),
     )  # fmt: skip
     scored = tuple(
@@ -177,9 +179,15 @@ def describe_model(model: TextModel) -> dict[str, Any]:
 
 
 def _weights_digest(checkpoint: Path) -> str:
-    """SHA-256 over the names and bytes of every weight, in the order of names."""
+    """SHA-256 over the names and bytes of every weight, in the order of names; of an adapter over
+    its factors, after its base's content."""
     digest = hashlib.sha256()
-    weights = open_weights(checkpoint)
+    weights: TensorFile | Weights
+    if is_adapter(checkpoint):
+        digest.update(base_record(checkpoint).content.encode())
+        weights = TensorFile(checkpoint / ADAPTER_WEIGHTS)
+    else:
+        weights = open_weights(checkpoint)
     try:
         for name in sorted(weights.names()):
             tensor = weights.read(name)

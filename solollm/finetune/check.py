@@ -13,8 +13,15 @@ import numpy as np
 
 from solollm.config import FinetuneTable
 from solollm.errors import DataError
-from solollm.finetune.dataset import MAX_OVER_LENGTH_SHARE, Problem, Reading, counted_rows
+from solollm.finetune.dataset import (
+    MAX_OVER_LENGTH_SHARE,
+    Laid,
+    Problem,
+    Reading,
+    counted_rows,
+)
 from solollm.finetune.rendering import Rendered
+from solollm.finetune.rewards import final_answer
 from solollm.model_folder import CONFIG, GENERATION
 from solollm.strictfile import read_table
 from solollm.tensorfile import FLOATS, open_weights
@@ -29,6 +36,7 @@ class Findings:
     """What was found. `faults`: each a reason not to start; `warnings`: what may be meant so;
     `problems`: rows that cannot be used; `truncated`: samples longer than `seq_len`."""
 
+    objective: str
     shapes: dict[str, int]
     num_train: int
     num_held_out: int
@@ -72,7 +80,16 @@ def examine(reading: Reading, table: FinetuneTable, base: Path, *, seq_len: int)
         faults.append(f"{count} cannot be trained on: mend or remove what is named")
     elif not reading.train:
         faults.append("there is no row to train on")
+    unrewarded = [one for one in reading.laid if not _can_be_rewarded(table, one)]
+    warnings = _unlearnt(base, reading.tokenizer) if table.method != "full" else []
+    if unrewarded:
+        said = (
+            f"{counted_rows(len(unrewarded))} without the `#### N` or `The answer is N` that the"
+            f" reward gsm8k looks for, the first at {unrewarded[0].place}: never rewarded"
+        )
+        (faults if len(unrewarded) == len(reading.laid) else warnings).append(said)
     return Findings(
+        objective=table.objective,
         shapes=dict(reading.shapes),
         num_train=len(reading.train),
         num_held_out=len(reading.held_out),
@@ -82,8 +99,15 @@ def examine(reading: Reading, table: FinetuneTable, base: Path, *, seq_len: int)
         truncated=len(too_long),
         problems=tuple(reading.problems),
         faults=tuple(faults),
-        warnings=tuple(_unlearnt(base, reading.tokenizer)) if table.method != "full" else (),
+        warnings=tuple(warnings),
     )
+
+
+def _can_be_rewarded(table: FinetuneTable, one: Laid) -> bool:
+    """Whether a right answer could be known as one. Of regex and functions only they can say."""
+    if table.objective != "grpo" or table.grpo.reward != "gsm8k":
+        return True
+    return final_answer(one.conversation.messages[-1]["content"]) is not None
 
 
 def _unlearnt(base: Path, tokenizer: Tokenizer) -> list[str]:

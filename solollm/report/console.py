@@ -27,7 +27,7 @@ _BARS = "▁▂▃▄▅▆▇█"
 _REDRAW_SECONDS = 0.1
 _LINE_SECONDS = 2.0  # between plain lines; the first and the last always appear
 _SAMPLE_CHARACTERS = 400
-_MOST_LOSSES = 1024  # behind the small curve: weeks of rows must not slow the training down
+_MOST_POINTS = 1024  # behind the small curve: weeks of rows must not slow the training down
 _NOTES = {
     "step_skipped": "step {step} was not finite and was skipped",
     "rolled_back": "step {step} was undone: back to step {to_step}, and around its batch",
@@ -86,7 +86,7 @@ class ConsoleSink:
         self._row: dict[str, Any] = {}
         self._held_out: dict[str, Any] = {}
         self._sample: dict[str, Any] = {}
-        self._losses: list[float | None] = []
+        self._curve: list[float | None] = []
         self._num_rows, self._stride = 0, 1
         self._began = self._shown = clock()
         self._shown_step: object = None
@@ -105,16 +105,16 @@ class ConsoleSink:
     def metrics(self, row: Row) -> None:
         self._row = dict(row)
         if self._num_rows % self._stride == 0:
-            self._losses.append(_number(row, "loss"))
+            self._curve.append(_number(row, "reward" if "reward" in row else "loss"))
         self._num_rows += 1
-        if len(self._losses) > _MOST_LOSSES:  # every other one draws the same curve
-            del self._losses[1::2]
+        if len(self._curve) > _MOST_POINTS:  # every other one draws the same curve
+            del self._curve[1::2]
             self._stride *= 2
         self._show(self._line)
 
     def evaluation(self, row: Row) -> None:
         self._held_out = dict(row)
-        self._show(lambda: f"step {row['step']:,}  held-out loss {_losses_text(row)}", now=True)
+        self._show(lambda: f"step {row['step']:,}  held-out {_quality_text(row)}", now=True)
 
     def sample(self, row: Row) -> None:
         self._sample = dict(row)
@@ -159,7 +159,7 @@ class ConsoleSink:
         row = self._row
         parts = [
             f"step {row['step']:,}/{self._total_steps:,}",
-            f"loss {_losses_text(row)}",
+            _quality_text(row),
             f"lr {row['lr']:.2g}" if row.get("lr") is not None else "",
             _with_unit(row, "tokens_per_second", "tok/s"),
             f"ETA {eta}" if (eta := self._eta()) else "",
@@ -185,10 +185,11 @@ class ConsoleSink:
         facts = Table.grid(padding=(0, 2))
         facts.add_column(style="dim", justify="right")
         facts.add_column()
-        facts.add_row("loss", f"{_losses_text(row) or 'first step ...'}  {sparkline(self._losses)}")
+        name, _, quality = _quality_text(row).partition(" ")
+        facts.add_row(name or "loss", f"{quality or 'first step ...'}  {sparkline(self._curve)}")
         if self._held_out:
             where = f"at step {self._held_out['step']:,}"
-            facts.add_row("held-out", f"{_losses_text(self._held_out)}, {where}")
+            facts.add_row("held-out", f"{_quality_text(self._held_out)}, {where}")
         speed = [
             _with_unit(row, "tokens_per_second", "tokens/s"),
             _with_unit(row, "tokens_seen", "tokens seen"),
@@ -237,11 +238,24 @@ def _headline(facts: Row) -> str:
     return ", ".join(part for part in parts if part)
 
 
-def _losses_text(row: Row) -> str:
-    loss, bits = _number(row, "loss"), _number(row, "bits_per_byte")
-    parts = [f"{loss:.3f}" if loss is not None else ""]
-    parts.append(f"{bits:.3f} bits/byte" if bits is not None else "")
-    return ", ".join(part for part in parts if part)
+# What GRPO and DPO measure beside a loss: key, how it is written.
+_FACTS = (
+    ("groups_alike", "{:.0%} of groups alike"), ("answer_tokens", "{:.0f} tokens an answer"),
+    ("answers_cut", "{:.0%} cut"), ("margin", "margin {:.3f}"), ("accuracy", "{:.0%} preferred"),
+)  # fmt: skip
+
+
+def _quality_text(row: Row) -> str:
+    """How good a row says it is: the loss, or the reward where there is one (GRPO's loss is about
+    zero at every step, and says nothing)."""
+    reward, loss, bits = (_number(row, key) for key in ("reward", "loss", "bits_per_byte"))
+    if reward is not None:
+        parts = [f"reward {reward:.3f}"]
+    else:
+        parts = [f"loss {loss:.3f}"] if loss is not None else []
+        parts += [f"{bits:.3f} bits/byte"] if bits is not None else []
+    parts += [form.format(v) for key, form in _FACTS if (v := _number(row, key)) is not None]
+    return ", ".join(parts)
 
 
 def _with_unit(row: Row, key: str, unit: str) -> str:

@@ -229,6 +229,22 @@ def test_a_log_file_gets_a_line_now_and_then() -> None:
     assert not any("\x1b" in line for line in lines)
 
 
+def test_a_run_with_rewards_shows_them_instead_of_its_loss() -> None:
+    """GRPO's lines saying `loss -0.001, -0.001 bits/byte`, and nothing of the reward."""
+    console = Console(file=io.StringIO(), width=120, color_system=None)
+    sink = ConsoleSink(console)
+    sink.start({"run": "solver", "total_steps": 2})
+    facts = {"reward": 0.25, "groups_alike": 0.5, "answer_tokens": 19.4, "answers_cut": 0.125}
+    sink.metrics({"step": 1, "loss": -1e-4, "bits_per_byte": -1e-4, **facts})
+    sink.evaluation({"step": 1, "loss": 0.6, "bits_per_byte": None, "reward": 0.4})
+    sink.finish({})
+    assert isinstance(console.file, io.StringIO)
+    shown = console.file.getvalue()
+    assert "reward 0.250, 50% of groups alike, 19 tokens an answer, 12% cut" in shown
+    assert "held-out reward 0.400" in shown
+    assert "loss" not in shown
+
+
 def test_a_terminal_gets_a_block_that_a_model_cannot_steer() -> None:
     """A generated escape sequence clearing the user's screen."""
     shown = _console_output(is_terminal=True, seconds_per_row=0.2)
@@ -243,11 +259,11 @@ def test_weeks_of_rows_are_not_kept_for_the_small_curve() -> None:
     sink = ConsoleSink(console, clock=lambda: 0.0)
     for number in range(50_000):
         sink.metrics({"kind": "train", "step": number, "loss": float(-number), "lr": 1.0})
-    assert len(sink._losses) <= 1024
-    assert sink._losses == sorted(sink._losses, reverse=True)
-    gaps = {a - b for a, b in itertools.pairwise(sink._losses)}
+    assert len(sink._curve) <= 1024
+    assert sink._curve == sorted(sink._curve, reverse=True)
+    gaps = {a - b for a, b in itertools.pairwise(sink._curve)}
     assert len(gaps) == 1
-    assert min(sink._losses) < -49_900
+    assert min(sink._curve) < -49_900
 
 
 def test_an_event_is_told_with_its_cause() -> None:

@@ -196,3 +196,21 @@ def test_an_adapter_over_a_base_that_never_saw_the_end_of_turn_is_warned_of(
     assert [("never learnt the end of turn" in line) for line in findings.warnings] == [
         True
     ] * warned
+
+
+def test_questions_that_no_answer_can_be_right_to_are_named(
+    small_tokenizer: Tokenizer, tmp_path: Path
+) -> None:
+    """Guards: GRPO on rows whose answers hold no number: groups that teach nothing, in silence."""
+    path = tmp_path / "rows.jsonl"
+    letter = json.dumps({"question": "which?\nA. this\nB. that", "answer": "A"})
+    number = json.dumps({"question": "2 + 3?", "answer": "2 + 3 = 5\n#### 5"})
+    table = FinetuneTable(objective="grpo")
+    for lines, has_warning, has_fault in (
+        ([number] * 3, False, False), ([number, letter], True, False), ([letter], False, True),
+    ):  # fmt: skip
+        path.write_text("\n".join(lines), encoding="utf-8")
+        reading = read(small_tokenizer, path, objective="grpo")
+        found = examine(reading, table, tmp_path, seq_len=64)
+        assert any("never rewarded" in line for line in found.warnings) is has_warning
+        assert any("never rewarded" in line for line in found.faults) is has_fault

@@ -174,3 +174,22 @@ def test_check_says_what_is_wrong_once_and_lists_all_of_it_as_json(
     assert places == [f"rows.jsonl:{number}" for number in range(2, 33)]
     assert main([*words, str(empty)]) == 5
     assert "there is no row to train on" in capsys.readouterr().out
+
+
+def test_a_tuned_adapter_is_measured_and_told_from_its_base(
+    base: Path, chats: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Guards: an evaluation that ends, once all is measured, because an adapter's checkpoint holds
+    no model.safetensors; two adapters of one base with one digest."""
+    text = tmp_path / "text.txt"
+    text.write_text("value = 3\n" * 20, encoding="utf-8")
+    seen = set()
+    words = ["finetune", str(base), "--data", str(chats), "--set", "train.steps=1", "--rank", "2"]
+    for seed in (1, 2):
+        run = tmp_path / f"run-{seed}"
+        assert main([*words, "--run", str(run), "--set", f"train.seed={seed}", "--json"]) == 0
+    for model in (base, tmp_path / "run-1", tmp_path / "run-2"):
+        capsys.readouterr()
+        assert main(["eval", str(model), "--text", str(text), "--json", "--no-save"]) == 0
+        seen.add(json.loads(capsys.readouterr().out)["model"]["weights_digest"])
+    assert len(seen) == 3
