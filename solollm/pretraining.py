@@ -8,7 +8,7 @@ weights to start from are vetted in `solollm.starting_weights`.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import closing, contextmanager, nullcontext
+from contextlib import closing, contextmanager, nullcontext, suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -20,7 +20,7 @@ from solollm.continuation import compare, look_ahead, require_continuation, tole
 from solollm.data.shards import read_index
 from solollm.data.stream import StepStream, require_fingerprint
 from solollm.environments import Recorded, environment_of, for_here, lineage_entry
-from solollm.errors import ConfigError, IntegrityError, SoloLLMError
+from solollm.errors import ConfigError, IntegrityError, SoloLLMError, StorageError
 from solollm.faults import noting_faults
 from solollm.finetune.objectives import give_what_needs_weights
 from solollm.finetune.rendering import answer_settings
@@ -332,7 +332,8 @@ def _reported(run: Run) -> Iterator[None]:
                 run.write_plan({**run.read_plan(), "measured": measure(run.read_metrics())})
                 write_report(run)
         except SoloLLMError as error:
-            run.append_event("report_failed", reason=str(error))
+            with suppress(StorageError):  # on a full disk this may be the second thing that fails
+                run.append_event("report_failed", reason=str(error))
 
 
 def _tokenizer_of(corpus: Path, config: RunConfig) -> Tokenizer:

@@ -82,7 +82,9 @@ def show(run: Path, as_json: bool) -> None:
         return
     for name, value in facts.items():
         between = "\n" + " " * 15 if name in ("ran_on", "planned") else ", "
-        text = between.join(map(str, value)) if isinstance(value, list) else str(value)
+        text = f"{value:.4f}" if isinstance(value, float) else str(value)
+        if isinstance(value, list):
+            text = between.join(map(str, value))
         say(f"{name.replace('_', ' '):14} {text}")
 
 

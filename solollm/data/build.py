@@ -187,10 +187,13 @@ class _Build:
             f"{cause.count} {reason} (such as {cause.examples[0].source})"
             for reason, cause in lost.items()
         ]
+        fix = "give text files, JSON lines with a `text` field, or Parquet with a text column"
+        if told and not self._tally.items:
+            fix = "name the files one by one (FOLDER/*): then they are read, whatever their suffix"
         return DataError(
             f"nothing usable is left of {self._tally.items} items",
             why=", ".join(told) or "the sources hold no files",
-            fix="give text files, JSON lines with a `text` field, or Parquet with a text column",
+            fix=fix,
         )
 
     def _settle_split(self, survey: Survey) -> None:

@@ -90,7 +90,7 @@ def evaluate(
     """
     checkpoint, _ = find_checkpoint(path)
     texts = _texts(path, checkpoint, options)
-    backend = select_backend(options.backend).backend
+    backend, reason = select_backend(options.backend)
     dtype = _dtype(backend, options)
     model = open_model(
         path, backend=options.backend,
@@ -123,7 +123,7 @@ def evaluate(
     }  # fmt: skip
     return Evaluation(
         checkpoint, described["parameters"], scored, harness, latency, document,
-        model.notes, harness.samples if harness else {},
+        (*model.notes[:-1], reason), harness.samples if harness else {},
     )  # fmt: skip
 
 

@@ -45,7 +45,7 @@ svg .pointer { stroke: var(--soft); stroke-width: 1; visibility: hidden; }
 .scroll { overflow-x: auto; }
 table { border-collapse: collapse; font-size: 13.5px; width: 100%; }
 th { text-align: left; color: var(--soft); font-weight: 500; }
-th { white-space: nowrap; }
+th, td:first-child { white-space: nowrap; }
 th, td { padding: 4px 16px 4px 0; border-bottom: 1px solid var(--line); vertical-align: top;
   font-variant-numeric: tabular-nums; }
 .sample { padding: 10px 14px; margin-bottom: 10px; }

@@ -13,7 +13,13 @@ from solollm.backend import Batch, PendingMetrics
 from solollm.checkpoint import open_checkpoint
 from solollm.config import RunConfig, parse_config
 from solollm.data.stream import batch_digest
-from solollm.errors import ConfigError, IntegrityError, RunLocked, StoppedBySignal
+from solollm.errors import (
+    ConfigError,
+    IntegrityError,
+    RunLocked,
+    StoppedBySignal,
+    StorageError,
+)
 from solollm.horizon import updated
 from solollm.pretraining import prepare, pretrain, resume
 from solollm.resume_proof import tiny_config
@@ -169,6 +175,21 @@ def test_a_run_whose_checkpoints_are_gone_is_not_started_over(config, tmp_path) 
     assert losses(run) == before
     (tmp_path / "elsewhere").rename(run / "checkpoints")
     assert resume(run).start_step == 7
+
+
+def test_a_page_that_fails_hides_no_other_error(config, tmp_path, monkeypatch) -> None:
+    """Guards against a run that was stopped and ends as one whose page found no room."""
+    noting = Run.append_event
+
+    def full(*_: Any) -> None:
+        raise StorageError("no room")
+
+    def note(self: Run, kind: str, **fields: Any) -> None:
+        full() if kind == "report_failed" else noting(self, kind, **fields)
+
+    monkeypatch.setattr("solollm.pretraining.write_report", full)
+    monkeypatch.setattr(Run, "append_event", note)
+    cut(config, tmp_path / "run", 2)
 
 
 def test_a_corpus_that_is_not_there_any_more_is_asked_for(config, small_corpus, tmp_path) -> None:

@@ -66,6 +66,16 @@ def _stored(corpus: Path, split: str) -> list[str]:
     return [tokenizer.decode(reader.document(n).tolist()) for n in range(reader.record.documents)]
 
 
+def test_a_folder_of_files_without_suffixes_says_how_they_are_read(tmp_path: Path) -> None:
+    """Guards against "give text files", said to somebody who gave text files."""
+    (tmp_path / "licenses").mkdir()
+    (tmp_path / "licenses" / "GPL-3").write_text("free as in speech")
+    with pytest.raises(DataError, match=r"name the files one by one \(FOLDER/\*\)"):
+        build_corpus([tmp_path / "licenses"], tmp_path / "corpus")
+    report = build_corpus([tmp_path / "licenses" / "GPL-3"], tmp_path / "corpus", vocab_size=320)
+    assert report.kept == 1
+
+
 def test_every_item_is_accounted_for(library: Path, tmp_path: Path, tokenizer: Tokenizer) -> None:
     """Guards against silent loss: in = kept + duplicates + dropped + broken, and each named."""
     out = tmp_path / "corpus"

@@ -88,6 +88,8 @@ def test_a_run_is_measured_on_what_its_corpus_held_out_and_stored_in_it(run: Pat
     assert stored["backend"]["name"] == "torch"
     assert "torch" in stored["backend"]["versions"]
     assert str(run) not in path.read_text()
+    assert "asked for" in evaluation.notes[-1]
+    assert "asked for" not in evaluate(run, EvalOptions(latency=False)).notes[-1]
 
 
 def test_a_checkpoint_without_a_run_needs_to_be_told_what_to_measure(
