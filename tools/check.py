@@ -26,6 +26,8 @@ FOLDER = ROOT / ".venv-check"
 VLLM_FOLDER = ROOT / ".venv-vllm"
 DEV_DISK = 1.0e9  # bytes of the test dependencies, measured
 _INSTALLATION = "vLLM's environment"  # without it the next step has nothing to test
+# tests/conftest.py knows which files take long; xdist would begin with those of most tests.
+_BY_FILE = ("--dist", "loadfile", "--no-loadscope-reorder")
 NO_TESTS = 5  # pytest's exit code when nothing carries the mark
 
 
@@ -97,7 +99,7 @@ def _steps(arguments: argparse.Namespace, python: str) -> list[tuple[str, list[s
         ("types", [python, "-m", "mypy"]),
         ("layers", [python, "tools/check_layers.py"]),
         ("sizes", [python, "tools/check_sizes.py"]),
-        ("tests", [python, "-m", "pytest", "-n", _test_processes(), "--dist", "loadfile"]),
+        ("tests", [python, "-m", "pytest", "-n", _test_processes(), *_BY_FILE]),
     ]
 
 
