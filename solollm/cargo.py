@@ -44,7 +44,7 @@ from solollm.horizon import updated
 from solollm.manifest import MANIFEST, read_manifest
 from solollm.model_folder import model_files
 from solollm.pretraining import open_session, prepare
-from solollm.run_paths import with_paths_to
+from solollm.run_paths import with_corpora, with_paths_to
 from solollm.run_streams import open_streams
 from solollm.runs import Run
 
@@ -78,6 +78,7 @@ def gathered(
 ) -> Iterator[Cargo]:  # fmt: skip
     """A run's files as they travel, its lock held; see `pack` for arguments and errors."""
     opened = Run.open(run)
+    with_corpora(with_paths_to(opened.config, run), run, None)  # or it raises
     with opened.lock():
         checkpoint = promised_checkpoint(opened, step=step, backend=backend)
         with closing(checkpoint):

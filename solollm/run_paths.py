@@ -33,7 +33,10 @@ def with_corpora(config: RunConfig, run: Path, corpus: Path | None) -> RunConfig
     samples of a fine-tuning are the run's own."""
     if corpus is not None:
         config = updated(config, "data", corpus=str(corpus))
-    table, fix = config.data, "put it back there, or say where it is: --corpus FOLDER"
+    table, fix = (
+        config.data,
+        "put it back there; `solollm resume --corpus FOLDER` finds it elsewhere",
+    )
     for place in filter(None, (table.corpus, table.decay_corpus)):
         if config.finetune is None and not (Path(place) / INDEX_NAME).is_file():
             raise ConfigError(

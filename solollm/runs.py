@@ -25,7 +25,7 @@ from typing import Any, Literal, NamedTuple
 from solollm import durable
 from solollm.checkpoint import list_checkpoints
 from solollm.config import RunConfig, dump_config, parse_config
-from solollm.errors import ConfigError, SoloLLMError
+from solollm.errors import ConfigError, IntegrityError, SoloLLMError
 from solollm.runlock import lock_file, read_holder
 from solollm.strictfile import encode_json, parse_json, read_bytes, refused
 
@@ -33,6 +33,7 @@ Row = dict[str, Any]
 RunState = Literal["new", "running", "stopped", "failed", "finished", "unreadable"]
 _CONFIG = "run.toml"
 _TAIL_BYTES = 1 << 18
+_WITHOUT_RECORD = "it is a record and no more: move it away, and the run goes on without it"
 _ENDINGS = ("failed", "stopped")
 _GOING_ON = ("resumed", "checkpoint_saved", "restarted")  # after an ending: it is no longer one
 
@@ -138,9 +139,9 @@ class Run:
     def read_plan(self) -> Row:
         """The stored plan; empty if there is none. Raises IntegrityError."""
         path = self.path / "plan.json"
-        plan = parse_json(read_bytes(path), path) if path.exists() else {}
+        plan = _read_record(path) if path.exists() else {}
         if not isinstance(plan, dict):
-            raise refused(path, "the JSON text", "is no table")
+            raise refused(path, "the JSON text", "is no table", fix=_WITHOUT_RECORD)
         return plan
 
     def record_lineage(self, step: int, environment: Mapping[str, Any]) -> None:
@@ -155,9 +156,10 @@ class Run:
     def read_lineage(self) -> list[Row]:
         """`{first_step, time, environment}` in order of steps. Raises IntegrityError."""
         path = self.path / "lineage.json"
-        lineage = parse_json(read_bytes(path), path) if path.exists() else []
+        lineage = _read_record(path) if path.exists() else []
         if not isinstance(lineage, list) or not all(_is_lineage(part) for part in lineage):
-            raise refused(path, "the JSON text", "is no list of environments")
+            reason = "is no list of environments"
+            raise refused(path, "the JSON text", reason, fix=_WITHOUT_RECORD)
         return lineage
 
 
@@ -221,6 +223,13 @@ def summarize(path: Path) -> RunSummary:
     elif run.last_ending() == "failed":
         state = "failed"
     return RunSummary(path.name, path, step, total, loss, state)
+
+
+def _read_record(path: Path) -> Any:
+    try:
+        return parse_json(read_bytes(path), path)
+    except IntegrityError as error:
+        raise IntegrityError(error.what, why=error.why, fix=_WITHOUT_RECORD) from error
 
 
 def _append(path: Path, row: Mapping[str, Any]) -> None:

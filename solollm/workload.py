@@ -129,17 +129,17 @@ class TrainResult:
     def read(cls, run: Run, checkpoint: Checkpoint) -> TrainResult:
         """The result of a run that has nothing left to do, read back from its files."""
         rows = run.read_metrics()
-        trained = [row for row in rows if row["kind"] == "train"]
-        measured = [row for row in rows if row["kind"] == "eval"]
+        trained = [row for row in rows if row.get("kind") == "train"]
+        measured = [row for row in rows if row.get("kind") == "eval"]
         return cls(
             run=run.path,
             checkpoint=checkpoint.path,
             start_step=checkpoint.step,
             step=checkpoint.step,
             tokens_seen=checkpoint.state.tokens_seen,
-            loss=trained[-1]["loss"] if trained else None,
-            validation_loss=measured[-1]["loss"] if measured else None,
-            bits_per_byte=measured[-1]["bits_per_byte"] if measured else None,
+            loss=trained[-1].get("loss") if trained else None,
+            validation_loss=measured[-1].get("loss") if measured else None,
+            bits_per_byte=measured[-1].get("bits_per_byte") if measured else None,
             best_step=checkpoint.state.best_step,
             elapsed_seconds=checkpoint.state.elapsed_seconds,
         )

@@ -259,7 +259,8 @@ def _last_evaluation(run: Run) -> dict[str, Any]:
     rows = [row for row in run.read_metrics() if row.get("kind") == "eval"]
     if not rows:
         return {}
-    return {"held_out_loss": rows[-1]["loss"], "bits_per_byte": rows[-1]["bits_per_byte"]}
+    last = rows[-1]
+    return {"held_out_loss": last.get("loss"), "bits_per_byte": last.get("bits_per_byte")}
 
 
 def _stretch(part: Stretch) -> str:

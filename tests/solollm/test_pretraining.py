@@ -21,6 +21,7 @@ from solollm.errors import (
     StorageError,
 )
 from solollm.horizon import updated
+from solollm.packing import pack
 from solollm.pretraining import prepare, pretrain, resume
 from solollm.resume_proof import tiny_config
 from solollm.runs import Run
@@ -199,8 +200,9 @@ def test_a_corpus_that_is_not_there_any_more_is_asked_for(config, small_corpus, 
     shutil.copytree(small_corpus, corpus)
     cut(updated(config, "data", corpus=str(corpus)), run, 4)
     corpus.rename(tmp_path / "moved")
-    with pytest.raises(ConfigError, match="--corpus FOLDER"):
-        resume(run)
+    for attempt in (lambda: resume(run), lambda: pack(run, tmp_path / "run.solo")):
+        with pytest.raises(ConfigError, match=r"resume --corpus FOLDER"):
+            attempt()
     assert resume(run, corpus=tmp_path / "moved").step == STEPS
     assert resume(run).start_step == STEPS
 

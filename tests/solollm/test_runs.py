@@ -125,6 +125,18 @@ def test_plan_round_trip(run: Run) -> None:
     assert run.read_plan() == {"micro_batch_size": 2, "memory_bytes": {"weights": 10}}
 
 
+def test_a_damaged_record_is_said_to_be_one(run: Run) -> None:
+    """Guards: a run of weeks that cannot go on because of a file that only tells of it, and advice
+    to get that file from elsewhere."""
+    for name, read in (("plan.json", run.read_plan), ("lineage.json", run.read_lineage)):
+        for content in (b"", b"{", b"3\n"):
+            (run.path / name).write_bytes(content)
+            with pytest.raises(IntegrityError, match="move it away"):
+                read()
+        (run.path / name).unlink()
+        assert not read()
+
+
 def test_second_writer_is_refused_and_told_who_writes(run: Run) -> None:
     """Guards: two runs in one folder; an error that does not say what to do."""
     with run.lock(), pytest.raises(RunLocked) as refusal, Run.open(run.path).lock():
