@@ -596,8 +596,8 @@ class Backend(ABC):
         return {}
 
     def peers(self) -> Mapping[str, str]:
-        """The other training stacks that `peer` can bring to the same step, by name: the package
-        that each lacks on this machine, empty where it is installed."""
+        """The other training stacks that `peer` can bring to the same step, by name: what
+        each lacks on this machine (a package, or a device), empty where it can run."""
         return {}
 
     def peer(

@@ -120,7 +120,7 @@ class StackResult:
 @dataclass(frozen=True)
 class TrainBenchmark:
     """`stacks[0]` is ours, in the first way asked for. `peers`: every stack that the backend knows
-    to hold beside it, with the package that it lacks here (empty: installed)."""
+    to hold beside it, with what it lacks here (empty: it can run)."""
 
     backend: str
     device: str

@@ -3,7 +3,8 @@
     python tools/check_plan.py memory            each shape in a fresh process, two steps
     python tools/check_plan.py time --steps 200  calibrated from cut models, then really run
 
-`memory` compares plan and peak, both above what the process held when the framework was imported.
+`memory` compares plan and peak, both above what the process held when the framework was imported:
+of the plan, without what it counts for a process at that moment.
 `time` calibrates (`solollm.calibration`: half and a quarter of the layers, one and up to four
 micro-batches) and then runs the whole shape, so no shape is compared with a measurement of itself.
 Both print one line of JSON per shape.
@@ -34,6 +35,9 @@ MEMORY = {
     "recomputing": ((512, 12, 8, 8, 1376, 8192, "adamw"), (16, 256, 16, True)),
     "recomputing deep": ((256, 20, 4, 4, 704, 4096, "adamw"), (32, 256, 32, True)),
     "recomputing wide": ((768, 4, 12, 4, 2048, 8192, "muon"), (8, 512, 8, True)),
+    "recomputing long rows": ((320, 10, 5, 5, 864, 4096, "adamw"), (4, 1024, 4, True)),
+    "recomputing grouped": ((640, 6, 10, 2, 1728, 16384, "muon"), (16, 256, 8, True)),
+    "recomputing narrow": ((192, 24, 3, 1, 512, 4096, "adamw"), (48, 256, 48, True)),
     "micro-batches": ((384, 8, 6, 6, 1024, 16384, "adamw"), (32, 256, 8, False)),
     "long rows": ((320, 8, 5, 5, 864, 4096, "muon"), (4, 1024, 4, False)),
 }
@@ -80,6 +84,7 @@ def _pieces(shape: Shape) -> tuple[ModelConfig, SessionOptions, Plan]:
 
 def _memory(shape: Shape, _: argparse.Namespace) -> dict[str, float]:
     from solollm_torch.backend import TorchBackend
+    from solollm_torch.memory import CPU_FIRST_USE_BYTES, CPU_PROCESS_BYTES
     from solollm_torch.session import TorchSession  # noqa: F401  (the baseline holds the framework)
 
     from solollm.calibration import synthetic_batch
@@ -92,8 +97,8 @@ def _memory(shape: Shape, _: argparse.Namespace) -> dict[str, float]:
     if plan.activation_checkpointing:
         per_token = costs.per_token_checkpointed_bytes
         per_token += costs.allocator_per_token_checkpointed_bytes
-    planned = costs.fixed_bytes + sum(costs.state_bytes.values()) + costs.loss_chunk_bytes
-    planned += int(per_token * tokens) - _resident_bytes()
+    planned = costs.fixed_bytes - CPU_PROCESS_BYTES + CPU_FIRST_USE_BYTES
+    planned += sum(costs.state_bytes.values()) + costs.loss_chunk_bytes + int(per_token * tokens)
     batch = synthetic_batch(model, plan.batch_size, plan.seq_len)
     before = _peak_bytes()
     session = backend.train_session(model, options, plan)
@@ -135,16 +140,8 @@ def _time(shape: Shape, arguments: argparse.Namespace) -> dict[str, float]:
 
 def _peak_bytes() -> int:
     """The process's peak resident memory so far."""
-    return _status("VmHWM:")
-
-
-def _resident_bytes() -> int:
-    return _status("VmRSS:")
-
-
-def _status(name: str) -> int:
     for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith(name):
+        if line.startswith("VmHWM:"):
             return int(line.split()[1]) * 1024
     raise SystemExit("this tool reads /proc/self/status: run it on Linux")
 

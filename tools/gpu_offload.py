@@ -10,14 +10,14 @@ rates measured on this one stand beside the bytes.
 from __future__ import annotations
 
 import statistics
+from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import torch
-from gpu_resident import release
 from gpu_sessions import (
     DrawnResident,
     DrawnStreaming,
-    attempt,
     copy_rates,
     gemm_flops,
     make_session,
@@ -42,29 +42,32 @@ CLAIMS = {
 Shape = tuple[int, int, int]  # rows of a micro-batch, micro-batches, positions
 
 
-def measure(device: torch.device, *, tiny: bool) -> dict[str, Any]:
-    """The uncapped session, and the streaming one in each mode."""
+RESIDENT = "resident, uncapped"
+
+
+def figures(device: torch.device, *, tiny: bool) -> Iterator[tuple[str, Callable[[], Any]]]:
+    """The uncapped session, and the streaming one in each mode: what is claimed of first."""
     model = model_of("7b", tiny=tiny)
     rows, length = (2, 64) if tiny else (8, 2048)
-    found: dict[str, Any] = {
-        "model": model.model_dump(), "cap_gib": CAP_GIB, "claims": CLAIMS,
-        "gemm_flops": gemm_flops(device), "copy_gb_per_second": copy_rates(device),
+    yield "of the model", lambda: {**model.model_dump(), "cap_gib": CAP_GIB, "claims": CLAIMS}
+    yield "of the card", lambda: {
+        "gemm": gemm_flops(device), "copy_gb_per_second": copy_rates(device),
     }  # fmt: skip
-    found["resident, uncapped"] = attempt(
-        lambda: _run(model, device, shape=(rows, 1, length), clip="exact", streaming=False)
-    )
-    release(device)
-    for clip in ("lagged", "exact"):
-        for count in (1, 4):
-            name = f"streaming, {clip}, {count * rows * length} tokens per step"
-            found[name] = attempt(
-                lambda s=(rows, count, length), c=clip: _run(
-                    model, device, shape=s, clip=c, streaming=True
-                )
-            )
-            release(device)
-            _compare(found[name], found["resident, uncapped"])
-    return found
+    run = partial(_run, model, device)
+    for clip, count in (("lagged", 1), ("exact", 4), ("lagged", 4), ("exact", 1)):
+        name = f"streaming, {clip}, {count * rows * length} tokens per step"
+        yield name, partial(run, shape=(rows, count, length), clip=clip, streaming=True)
+        if (clip, count) == ("lagged", 1):
+            shape = (rows, 1, length)
+            yield RESIDENT, partial(run, shape=shape, clip="exact", streaming=False)
+
+
+def conclude(measured: dict[str, Any]) -> None:
+    """Streaming's share of the speed that the same code has with everything on the card."""
+    whole = measured.get(RESIDENT, {}).get("tokens_per_second")
+    for name, found in measured.items():
+        if whole and name.startswith("streaming") and "tokens_per_second" in found:
+            found["share_of_uncapped"] = found["tokens_per_second"] / whole
 
 
 def _run(
@@ -113,9 +116,3 @@ def _copies(
         "lane_seconds": dict(session.lane_seconds()),
         "overlap": overlap(session.copies(), seconds),
     }  # fmt: skip
-
-
-def _compare(streaming: dict[str, Any], resident: dict[str, Any]) -> None:
-    if "tokens_per_second" in streaming and "tokens_per_second" in resident:
-        ratio = streaming["tokens_per_second"] / resident["tokens_per_second"]
-        streaming["share_of_uncapped"] = ratio

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +13,10 @@ import numpy as np
 
 from solollm.adapters import AdapterOptions
 from solollm.architecture import ModelConfig, parameter_table
-from solollm.backend import Batch, HostTensor, Plan, SessionOptions
+from solollm.backend import Batch, DType, HostTensor, Plan, SessionOptions
 from solollm.config import OptimizerTable
 from solollm.dial import preset
+from solollm.rounding import rounded
 
 RANK, LR, STEPS = 16, 2e-4, 6
 VOCAB_SIZE = 32_000
@@ -24,39 +26,37 @@ _NOISE = 1 << 22
 class NoiseSource:
     """A base of the right size and spread, cheap to make: one block of noise, repeated."""
 
-    def __init__(self, model: ModelConfig) -> None:
+    def __init__(self, model: ModelConfig, dtype: DType = "F32") -> None:
         self._shapes = {spec.name: spec.shape for spec in parameter_table(model)}
-        self._noise = np.random.default_rng(0).standard_normal(_NOISE, np.float32) * 0.02
+        noise = np.random.default_rng(0).standard_normal(_NOISE, np.float32) * 0.02
+        self._noise = rounded("noise", HostTensor.of(noise), dtype)
 
     def names(self) -> Sequence[str]:
         return list(self._shapes)
 
     def read(self, name: str) -> HostTensor:
-        return HostTensor.of(np.resize(self._noise, self._shapes[name]))
+        shape = self._shapes[name]
+        return HostTensor(self._noise.dtype, shape, np.resize(self._noise.data, shape))
 
 
-def measure(device: Any, *, tiny: bool) -> dict[str, Any]:
-    """Peak bytes on the card and tokens per second, ours and the peer's, or why there is none."""
+def figures(device: Any, *, tiny: bool) -> Iterator[tuple[str, Callable[[], Any]]]:
+    """Peak bytes on the card and tokens per second, ours and the peer's."""
     model = preset("15m" if tiny else "7b", VOCAB_SIZE)
     length = 256 if tiny else 2048
-    measured: dict[str, Any] = {
+    yield "of the model", lambda: {
         "parameters": model.num_parameters(), "rows": 1, "tokens_per_row": length, "rank": RANK,
-        "ours": _ours(device, model, length),
     }  # fmt: skip
+    yield "ours", partial(_ours, device, model, length)
+    yield "peer", partial(_peer, device, model, length)
     if device.type == "cuda":
-        measured["paged"] = _or_why(lambda: _ours(device, model, length, paged=True))
-    measured["peer"] = _or_why(lambda: _peer(device, model, length))
-    ours, peer = measured["ours"], measured["peer"]
-    if "not_measured" not in peer:
-        measured["speedup"] = ours["tokens_per_second"] / peer["tokens_per_second"]
-    return measured
+        yield "paged", partial(_ours, device, model, length, paged=True)
 
 
-def _or_why(measure_it: Callable[[], dict[str, float]]) -> dict[str, Any]:
-    try:
-        return measure_it()
-    except Exception as error:  # whatever is lacking here is the reason to write down
-        return {"not_measured": f"{type(error).__name__}: {error}"}
+def conclude(measured: dict[str, Any]) -> None:
+    """Our speed over the peer's."""
+    pair = [measured.get(name, {}).get("tokens_per_second") for name in ("ours", "peer")]
+    if all(pair):
+        measured["ours"]["speedup"] = pair[0] / pair[1]
 
 
 def _ours(device: Any, model: ModelConfig, length: int, *, paged: bool = False) -> dict[str, float]:
@@ -81,12 +81,11 @@ def _peer(device: Any, model: ModelConfig, length: int) -> dict[str, float]:
     from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
     from solollm.model_folder import write_model_folder
-    from solollm.rounding import rounded
     from solollm.strictfile import encode_json
 
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-    tag = "BF16" if device.type == "cuda" else "F32"
-    source = NoiseSource(model)
+    tag: DType = "BF16" if device.type == "cuda" else "F32"
+    source = NoiseSource(model, tag)
     quantised = BitsAndBytesConfig(
         load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True,
         bnb_4bit_compute_dtype=dtype,
@@ -95,7 +94,7 @@ def _peer(device: Any, model: ModelConfig, length: int) -> dict[str, float]:
         base = Path(folder) / "base"
         specs: Any = [(spec.name, tag, spec.shape) for spec in parameter_table(model)]
         config = {"config.json": encode_json(model.to_hf(torch_dtype=str(dtype)[6:]))}
-        tensors: Any = ((n, rounded(n, source.read(n), specs[0][1])) for n in source.names())
+        tensors: Any = ((name, source.read(name)) for name in source.names())
         write_model_folder(base, config, specs, tensors)
         whole = AutoModelForCausalLM.from_pretrained(
             base, quantization_config=quantised, attn_implementation="sdpa", dtype=dtype,

@@ -1,22 +1,24 @@
 """Part `resident` of tools/gpu_check.py: a 1.3B that lies on the card, in bf16, sequences of 2048.
 
-First the step as it is by default, its share of the datasheet's peak and of a matrix product timed
-in the same run; then every switch by itself; then other stacks. Peers hold pure bf16 weights and
-moments, which is less work than ours.
+First the step as it is by default, then transformers with Liger's kernels, both compiled: what the
+claim compares. Then every switch by itself, last those that have most to go wrong. Nobody
+recomputes anything, which 80 GB have room for; where that fails, the variant that recomputes is
+taken. Peers hold pure bf16 weights and moments, which is less work than ours. Both sides are
+compiled block by block: the same granularity, and a compile time that fits.
 """
 
 from __future__ import annotations
 
-import gc
 import statistics
 import time
+from collections.abc import Callable, Iterator
+from functools import partial
 from importlib.util import find_spec
 from typing import Any
 
 import torch
 from gpu_sessions import (
     DrawnResident,
-    attempt,
     datasheet_flops,
     gemm_flops,
     make_session,
@@ -24,146 +26,198 @@ from gpu_sessions import (
     memory_peak,
     model_of,
     random_batch,
+    synchronize,
     timed_steps,
 )
+from torch import Tensor, nn
 from torch.nn import functional
 
 from solollm.architecture import ModelConfig
-from solollm.backend import Plan
+from solollm.backend import Batch, Plan
 
-BUDGET_SECONDS = 400.0  # of the eight minutes; what does not fit any more is left out, and says so
-SWITCHES: dict[str, dict[str, bool | int | float | str]] = {
-    "default": {},
-    "not compiled": {"compile": False},
-    "split masters": {"master": "split"},
-    "fp8 products": {"fp8": True},
-    "CUDA graphs": {"cuda_graphs": True},
-    "Liger loss": {"loss": "liger"},
-    "cut-cross-entropy loss": {"loss": "cce"},
+Options = dict[str, bool | int | float | str]
+Shape = tuple[int, int, int]  # rows of a micro-batch, micro-batches, positions
+LIGER = "transformers+liger+compile"
+NUM_STEPS, NUM_WARM_UP = 3, 2
+SWITCHES: dict[str, tuple[Options, dict[str, Any]]] = {  # options, and what of the plan or table
+    "recomputing": ({}, {"recompute": True}),
+    "8-bit moments": ({}, {"state_bits": 8}),
+    "split masters, 8-bit moments": ({"master": "split"}, {"state_bits": 8}),
+    "Muon": ({}, {"name": "muon"}),
+    "Muon, bf16 products": ({"newton_schulz": "bfloat16"}, {"name": "muon"}),
+    "not compiled": ({"compile": False}, {}),
+    "Liger loss": ({"loss": "liger"}, {}),
+    "cut-cross-entropy loss": ({"loss": "cce"}, {}),
+    "packed, mask": ({"attention": "mask"}, {"packed": True}),
+    "packed, varlen": ({"attention": "varlen"}, {"packed": True}),
+    "packed, flex": ({"attention": "flex"}, {"packed": True}),
+    "fp8 products": ({"fp8": True}, {}),
+    "CUDA graphs": ({"cuda_graphs": True}, {}),
 }
-PACKED: dict[str, dict[str, bool | int | float | str]] = {
-    "packed, mask": {"attention": "mask"},
-    "packed, varlen": {"attention": "varlen"},
-    "packed, flex": {"attention": "flex"},
-}
 
 
-def measure(device: torch.device, *, tiny: bool) -> dict[str, Any]:
+def figures(device: torch.device, *, tiny: bool) -> Iterator[tuple[str, Callable[[], Any]]]:
     """Every variant's tokens per second and memory."""
-    begun = time.monotonic()
     model = model_of("1.3b", tiny=tiny)
-    rows, length = (2, 64) if tiny else (8, 2048)
-    found: dict[str, Any] = {
-        "model": model.model_dump(), "rows": rows, "seq_len": length,
-        "gemm_flops": gemm_flops(device), "datasheet_flops": datasheet_flops(device),
-    }  # fmt: skip
-    variants: dict[str, Any] = {}
-    for name, options in {**SWITCHES, **PACKED}.items():
-        if time.monotonic() - begun > BUDGET_SECONDS:
-            variants[name] = {"failed": "no time left"}
+    shape = (2, 2, 64) if tiny else (8, 4, 2048)
+    ours = partial(_ours, model, device, shape=shape)
+    peer = partial(_peer, model=model, device=device, shape=shape)
+    yield "of the model", lambda: {**model.model_dump(), "flops": model.flops_per_token(shape[2])}
+    yield "of the card", lambda: {"gemm": gemm_flops(device), "datasheet": datasheet_flops(device)}
+    yield "default", partial(ours, {}, {})
+    yield LIGER, partial(peer, LIGER)
+    yield "transformers+compile", partial(peer, "transformers+compile")
+    for name, (options, other) in SWITCHES.items():
+        yield name, partial(ours, options, other)
+
+
+def conclude(measured: dict[str, Any]) -> None:
+    """Shares of what the card can, and our default beside each peer."""
+    card, model = measured.get("of the card", {}), measured.get("of the model", {})
+    default = measured.get("default", {})
+    for name, variant in measured.items():
+        if "tokens_per_second" not in variant or "gemm" not in card:
             continue
-        shape = (rows, length, name.startswith("packed"))
-        variants[name] = attempt(
-            lambda o=options, s=shape: _ours(model, device, options=o, shape=s)
-        )
-        release(device)
-    for name in ("transformers+compile", "transformers+liger+compile"):
-        if time.monotonic() - begun > BUDGET_SECONDS:
-            variants[name] = {"failed": "no time left"}
-            continue
-        variants[name] = attempt(lambda n=name: _peer(n, model, device, shape=(rows, length)))
-        release(device)
-    flops = model.flops_per_token(length)
-    for variant in variants.values():
-        if "tokens_per_second" in variant:
-            rate = variant["tokens_per_second"] * flops
-            variant["flops"] = rate
-            variant["share_of_gemm"] = rate / found["gemm_flops"]
-            peak = found["datasheet_flops"]
-            variant["share_of_datasheet"] = rate / peak if peak else None
-    return {**found, "variants": variants}
+        rate = variant["tokens_per_second"] * model["flops"]
+        variant["flops"], variant["share_of_gemm"] = rate, rate / card["gemm"]
+        peak = card["datasheet"]
+        variant["share_of_datasheet"] = rate / peak if peak else None
+        if name.startswith("transformers") and "tokens_per_second" in default:
+            ratio = default["tokens_per_second"] / variant["tokens_per_second"]
+            variant["ours_to_this"] = ratio
 
 
 def _ours(
     model: ModelConfig,
     device: torch.device,
+    options: Options,
+    other: dict[str, Any],
     *,
-    options: dict[str, bool | int | float | str],
-    shape: tuple[int, int, bool],
+    shape: Shape,
 ) -> dict[str, Any]:
-    rows, length, packed = shape
+    try:
+        return _our_steps(model, device, options, other=other, shape=shape)
+    except torch.cuda.OutOfMemoryError:
+        if other.get("recompute", False):
+            raise
+    # Outside of the handler: until there the failure holds the tensors.
+    return _our_steps(model, device, options, other={**other, "recompute": True}, shape=shape)
+
+
+def _our_steps(
+    model: ModelConfig,
+    device: torch.device,
+    options: Options,
+    *,
+    other: dict[str, Any],
+    shape: Shape,
+) -> dict[str, Any]:
+    rows, count, length = shape
+    table = {"state_bits": 32, **other}
+    recompute, packed = table.pop("recompute", False), table.pop("packed", False)
     dtype = "bfloat16" if device.type == "cuda" else "float32"
     with memory_cap(device, None):
         session = make_session(
-            DrawnResident, model, Plan(rows, True, dtype, length, rows), device=device,
-            options=options,
+            DrawnResident, model, Plan(rows, recompute, dtype, length, rows * count),
+            device=device, options=options, table=table,
         )  # fmt: skip
-        batches = [random_batch(model, rows, length, seed=s, packed=packed) for s in range(5)]
+        batches = [_batch(model, shape, seed, packed=packed) for seed in range(NUM_STEPS)]
         begun = time.perf_counter()
-        seconds = timed_steps(session, batches, device)
+        seconds = timed_steps(session, batches, device, warm_up=NUM_WARM_UP)
         warm_up = time.perf_counter() - begun - sum(seconds)
-        peak = memory_peak(device)
+        measured = {
+            **_speed(seconds, shape), "warm_up_seconds": warm_up, "memory": memory_peak(device),
+            "recompute": recompute, "optimizer": table, "settings": dict(session.settings),
+        }  # fmt: skip
         session.close()
-    return {
-        "tokens_per_second": rows * length / statistics.median(seconds), "seconds": seconds,
-        "warm_up_seconds": warm_up, "memory": peak, "options": options,
-    }  # fmt: skip
+    return measured
 
 
-def _peer(
-    name: str, model: ModelConfig, device: torch.device, *, shape: tuple[int, int]
+def _peer(name: str, *, model: ModelConfig, device: torch.device, shape: Shape) -> dict[str, Any]:
+    if "liger" in name and find_spec("liger_kernel") is None:
+        raise ModuleNotFoundError("liger_kernel is not installed")
+    try:
+        return _peer_steps(name, model, device, shape=shape, recompute=False)
+    except torch.cuda.OutOfMemoryError:
+        pass
+    return _peer_steps(name, model, device, shape=shape, recompute=True)
+
+
+def _peer_steps(
+    name: str, model: ModelConfig, device: torch.device, *, shape: Shape, recompute: bool
 ) -> dict[str, Any]:
-    """transformers, bf16 throughout, fused AdamW, gradient checkpointing as ours."""
-    from transformers import AutoConfig, AutoModelForCausalLM
-
-    rows, length = shape
-    if "liger" in name:
-        if find_spec("liger_kernel") is None:
-            return {"failed": "liger_kernel is not installed"}
-        from liger_kernel.transformers import apply_liger_kernel_to_llama
-
-        apply_liger_kernel_to_llama()
-    raw = model.to_hf()
-    config = AutoConfig.for_model(raw.pop("model_type"), **raw)
-    config._attn_implementation = "sdpa"
-    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    """transformers, bf16 throughout, fused AdamW."""
+    rows, count, _ = shape
     with memory_cap(device, None):
-        with device:
-            module = AutoModelForCausalLM.from_config(config, dtype=dtype)
-        module.train()
-        module.gradient_checkpointing_enable()
+        module, loss_of = _peer_module(name, model, device)
+        if recompute:
+            module.gradient_checkpointing_enable()
         optimizer = torch.optim.AdamW(module.parameters(), lr=1e-4, fused=True)
-        run = torch.compile(module) if device.type == "cuda" else module
         seconds = []
-        for index in range(7):
-            batch = random_batch(model, rows, length, seed=index, packed=False)
+        for index in range(NUM_WARM_UP + NUM_STEPS):
+            batch = _batch(model, shape, index, packed=False)
             ids, labels = (
                 torch.from_numpy(a.astype("int64")).to(device)
                 for a in (batch.input_ids, batch.labels)
             )
+            synchronize(device)
             begun = time.perf_counter()
-            if "liger" in name:
-                loss = run(input_ids=ids, labels=labels, shift_labels=labels, use_cache=False).loss
-            else:
-                logits = run(input_ids=ids, use_cache=False).logits
-                loss = functional.cross_entropy(logits.flatten(0, 1).float(), labels.flatten())
-            loss.backward()
+            for start in range(0, rows * count, rows):
+                part = slice(start, start + rows)
+                loss = loss_of(module, ids[part], labels[part])
+                (loss / count).backward()
             torch.nn.utils.clip_grad_norm_(module.parameters(), 1.0)
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
             loss.item()
-            if index >= 2:
+            synchronize(device)
+            if index >= NUM_WARM_UP:
                 seconds.append(time.perf_counter() - begun)
         peak = memory_peak(device)
+    return {**_speed(seconds, shape), "memory": peak, "recompute": recompute}
+
+
+def _peer_module(
+    name: str, model: ModelConfig, device: torch.device
+) -> tuple[Any, Callable[[nn.Module, Tensor, Tensor], Tensor]]:
+    """The module, its blocks compiled, and (module, ids, labels) -> loss."""
+    from solollm_torch.peers import liger_loss, with_liger
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    raw = model.to_hf()
+    config = AutoConfig.for_model(raw.pop("model_type"), **raw)
+    config._attn_implementation = "sdpa"
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    with device:
+        module: Any = AutoModelForCausalLM.from_config(config, dtype=dtype)
+    module.train()
+    on_card = device.type == "cuda"
+    cross_entropy = torch.compile(_cross_entropy) if on_card else _cross_entropy
+
+    def plain_loss(module: nn.Module, ids: Tensor, labels: Tensor) -> Tensor:
+        return cross_entropy(module(input_ids=ids, use_cache=False).logits, labels)
+
+    loss = plain_loss
+    if "liger" in name:
+        module, loss = with_liger(module), liger_loss
+    if on_card:
+        for layer in module.model.layers:
+            layer.compile()
+    return module, loss
+
+
+def _cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
+    return functional.cross_entropy(logits.flatten(0, 1).float(), labels.flatten())
+
+
+def _batch(model: ModelConfig, shape: Shape, seed: int, *, packed: bool) -> Batch:
+    rows, count, length = shape
+    return random_batch(model, rows * count, length, seed=seed, packed=packed)
+
+
+def _speed(seconds: list[float], shape: Shape) -> dict[str, Any]:
+    rows, count, length = shape
     return {
-        "tokens_per_second": rows * length / statistics.median(seconds), "seconds": seconds,
-        "memory": peak,
-    }  # fmt: skip
-
-
-def release(device: torch.device) -> None:
-    """Give back what a variant held, and the code compiled for it."""
-    torch.compiler.reset()
-    gc.collect()
-    if device.type == "cuda":
-        torch.cuda.empty_cache()
+        "tokens_per_second": rows * count * length / statistics.median(seconds),
+        "seconds": seconds,
+    }

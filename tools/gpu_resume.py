@@ -8,13 +8,14 @@ where not, and gone on with on the card and on the CPU side by side.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from importlib.util import find_spec
 from typing import Any
 
 import numpy as np
 import torch
-from gpu_sessions import TINY, attempt, make_session, random_batch
+from gpu_sessions import TINY, make_session, random_batch
 from solollm_torch.offload import StreamingSession
 from solollm_torch.session import TorchSession
 
@@ -36,21 +37,21 @@ VARIANTS: dict[str, dict[str, Any]] = {
 }
 
 
-def measure(device: torch.device, *, tiny: bool) -> dict[str, Any]:
+def figures(device: torch.device, *, tiny: bool) -> Iterator[tuple[str, Callable[[], Any]]]:
     """Whether each variant resumes bitwise; the deviation of a run that moves here."""
     model = TINY if tiny else preset("125m", 4096)
     shape = (4, 64) if tiny else (8, 512)
-    found: dict[str, Any] = {"model": model.model_dump()}
+    yield "of the model", model.model_dump
+    for dtype in ("float32", "bfloat16") if device.type == "cuda" else ("float32",):
+        name = f"begun elsewhere, {dtype}"
+        yield name, partial(_moved, TINY, device, dtype=dtype, shape=(4, 64))
     for name, how in VARIANTS.items():
-        found[name] = attempt(lambda h=how: _bitwise(model, device, shape=shape, **h))
-    found["streaming equals resident"] = attempt(lambda: _equal(model, device, shape=shape))
-    for dtype in ("float32", "bfloat16"):
-        if dtype == "bfloat16" and device.type == "cpu":
-            continue
-        found[f"begun elsewhere, {dtype}"] = attempt(
-            lambda d=dtype: _moved(TINY, device, dtype=d, shape=(4, 64))
-        )
-    return found
+        yield name, partial(_bitwise, model, device, shape=shape, **how)
+    yield "streaming equals resident", partial(_equal, model, device, shape=shape)
+
+
+def conclude(measured: dict[str, Any]) -> None:
+    """Each figure stands by itself."""
 
 
 def _session(

@@ -7,7 +7,7 @@ Shapes: B rows, T positions.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -168,11 +168,3 @@ def memory_cap(device: torch.device, gib: float | None) -> Iterator[None]:
         yield
     finally:
         torch.cuda.set_per_process_memory_fraction(1.0, device)
-
-
-def attempt(measure: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-    """What it gives, or why it gave nothing: one failing variant must not cost the others."""
-    try:
-        return measure()
-    except Exception as error:
-        return {"failed": f"{type(error).__name__}: {str(error)[:400]}"}

@@ -203,7 +203,7 @@ class TorchBackend(Backend):
     def peers(self) -> Mapping[str, str]:
         from solollm_torch.peers import known_peers
 
-        return known_peers()
+        return known_peers(_device())
 
     def peer(
         self,

@@ -1,9 +1,7 @@
-"""What of the process and the compiler makes training faster, and whether this machine has it."""
+"""Compiling blocks, and whether this machine can."""
 
 from __future__ import annotations
 
-import ctypes
-import functools
 import os
 import shutil
 import sys
@@ -15,8 +13,6 @@ import torch
 
 from solollm.errors import ConfigError
 from solollm_torch.model import Block
-
-_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # of glibc's mallopt(3)
 
 
 def should_compile(setting: bool | int | float | str, device: torch.device) -> bool:
@@ -64,19 +60,3 @@ def _missing_compiler(device: torch.device) -> str:
     if device.type == "cuda" and not torch.utils._triton.has_triton():
         return "triton is not installed"
     return ""
-
-
-@functools.cache
-def keep_freed_memory() -> None:
-    """Let the C library keep what PyTorch frees instead of giving it back to the system.
-
-    glibc maps every large tensor afresh, and the kernel then zeroes each page at its first touch;
-    in a training step that costs more than the arithmetic of the element-wise operations. Does
-    nothing where the C library is not glibc.
-    """
-    if not sys.platform.startswith("linux"):
-        return
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
-    if mallopt is not None:
-        mallopt(_M_MMAP_THRESHOLD, 2**30)
-        mallopt(_M_TRIM_THRESHOLD, 2**31 - 1)

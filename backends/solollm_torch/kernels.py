@@ -22,9 +22,7 @@ import platform
 import shutil
 import subprocess
 import sys
-import tempfile
 import warnings
-from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -32,6 +30,7 @@ import torch
 from torch import Tensor
 
 from solollm.errors import ConfigError
+from solollm_torch.native import built, version_of
 
 SOURCE = Path(__file__).with_name("kernels.c")
 # Without -ffast-math: NaN and infinity must stay what they are, for a bad step to be seen.
@@ -176,7 +175,8 @@ def load() -> tuple[Kernels | None, str]:
         return None, "there is no C compiler `cc`"
     digest = _digest(compiler)
     try:
-        library = ctypes.CDLL(str(_built(compiler, digest)))
+        command = (compiler, *FLAGS, "-shared", "-fPIC", str(SOURCE), "-lm")
+        library = ctypes.CDLL(str(built(command, digest)))
     except (OSError, subprocess.SubprocessError) as error:
         return None, f"{compiler} did not build them: {error}"
     return Kernels(library, digest), ""
@@ -184,8 +184,7 @@ def load() -> tuple[Kernels | None, str]:
 
 def _digest(compiler: str) -> str:
     """12 hexadecimal digits of all that decides the machine code."""
-    version = subprocess.run([compiler, "--version"], capture_output=True, check=False, timeout=10)
-    parts = (SOURCE.read_bytes(), version.stdout, repr(FLAGS).encode(), _processor().encode())
+    parts = (SOURCE.read_bytes(), version_of(compiler), repr(FLAGS).encode(), _processor().encode())
     return hashlib.sha256(b"\0".join(parts)).hexdigest()[:12]
 
 
@@ -197,19 +196,3 @@ def _processor() -> str:
         lines = []
     seen = dict.fromkeys(line for line in lines if line.startswith(wanted))
     return "\n".join([platform.machine(), *seen])
-
-
-def _built(compiler: str, digest: str) -> Path:
-    """The compiled file, in a folder that only this user can write to."""
-    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    folder = Path(base) / "solollm" / "kernels"
-    path = folder / f"{digest}.so"
-    if path.exists():
-        return path
-    folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-    with tempfile.TemporaryDirectory(dir=folder) as scratch:
-        made = Path(scratch) / "kernels.so"
-        command: Sequence[str] = (compiler, *FLAGS, "-shared", "-fPIC", "-o", str(made))
-        subprocess.run([*command, str(SOURCE), "-lm"], capture_output=True, check=True, timeout=120)
-        made.replace(path)  # whole or absent, also where two processes build at once
-    return path

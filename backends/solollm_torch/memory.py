@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from dataclasses import replace
 
 import torch
@@ -16,14 +17,16 @@ from solollm.backend import ComputeDType, MemoryCosts, SessionOptions
 from solollm.config import OptimizerTable
 from solollm.state_bytes import optimizer_bytes, weight_bytes
 from solollm_torch.gradients import DTYPES, gradient_dtype
+from solollm_torch.kept_mappings import compiler
 from solollm_torch.loss import chunk_rows
 from solollm_torch.masters import master_option
 from solollm_torch.optim import MUON_BATCH_ELEMENTS
 
 CUDA_CONTEXT_BYTES = 600 * 2**20
 CPU_PROCESS_BYTES = 400 * 2**20  # the interpreter and PyTorch's libraries
+CPU_FIRST_USE_BYTES = 60 * 2**20  # of those, what is not there before the first step
 NF4_BYTES = 0.5 + 1 / 64 + 4 / (64 * 256)  # per weight: a code, its block's 8-bit magnitude
-ALLOCATOR_LOSS = 0.08  # of the activations that blocks keep, on a processor
+HEAP_LOSS = 0.08  # of the activations that blocks keep, in the C library's heap
 MUON_SCRATCH_COPIES = 5  # of one batch of matrices: the iteration's products and their inputs
 
 
@@ -35,9 +38,10 @@ def memory_costs(
     kept, passing, ends = _bytes_per_token(model, item)
     residual = model.hidden_size * item
     fixed = CPU_PROCESS_BYTES if device.type == "cpu" else CUDA_CONTEXT_BYTES
-    # On a processor the update's scratch memory is what the activations have given back.
-    if options.optimizer.name == "muon" and device.type != "cpu":
-        fixed += MUON_SCRATCH_COPIES * 4 * MUON_BATCH_ELEMENTS
+    # In the C library's heap the update's scratch memory is what the activations have given back.
+    in_heap = device.type == "cpu" and compiler() is None
+    if options.optimizer.name == "muon" and not in_heap:
+        fixed += MUON_SCRATCH_COPIES * 4 * _orthogonalised_at_once(model)
     head_bytes = 4 * model.vocab_size * model.hidden_size  # the embedding's gradient, for a moment
     chunk_bytes = chunk_rows(model.vocab_size, device) * model.vocab_size
     chunk_bytes *= 4 if compute_dtype == "float32" else 8  # bf16 logits are widened and narrowed
@@ -56,6 +60,15 @@ def memory_costs(
     )
 
 
+def _orthogonalised_at_once(model: ModelConfig) -> int:
+    """Elements of the largest batch of matrices of one shape."""
+    of_shape: Counter[tuple[int, ...]] = Counter(
+        spec.shape for spec in parameter_table(model) if spec.group == "matrix"
+    )
+    sizes = ((math.prod(shape), count) for shape, count in of_shape.items())
+    return max(size * min(count, max(1, MUON_BATCH_ELEMENTS // size)) for size, count in sizes)
+
+
 def _update_dtype(options: SessionOptions) -> ComputeDType:
     asked = options.backend_options.get("newton_schulz")
     return "bfloat16" if asked == "bfloat16" else "float32"
@@ -64,14 +77,20 @@ def _update_dtype(options: SessionOptions) -> ComputeDType:
 def _lost_per_token(
     model: ModelConfig, item: int, kept: int, device: torch.device
 ) -> tuple[float, float]:
-    """What the C library's allocator loses on a processor, fitted to `docs/results/plan.md`. With
-    recomputing, a block's output lands in the hole that its temporaries leave, and the next block's
-    largest one no longer fits there."""
+    """What a processor's allocator holds beside what is alive at the peak, without and with
+    recomputing. Mappings are kept by size (`kept_mappings`): the gradient of the joint projection
+    has a size of its own, and is not alive when SwiGLU's are. Without a C++ compiler there is the C
+    library's heap, as fitted to its peaks: with recomputing a block's output lands in the hole that
+    its temporaries leave, and the next block's largest one no longer fits there."""
     if device.type != "cpu":
         return 0.0, 0.0
+    if compiler() is not None:
+        heads = model.num_attention_heads + 2 * model.num_key_value_heads
+        projection = float(heads * model.head_dim * item)
+        return projection, projection
     layers, residual = model.num_hidden_layers, model.hidden_size * item
     largest = 2 * model.intermediate_size * item
-    return ALLOCATOR_LOSS * layers * kept, max(0.0, (layers - 2.0) * (largest - residual))
+    return HEAP_LOSS * layers * kept, max(0.0, (layers - 2.0) * (largest - residual))
 
 
 def sharded_costs(

@@ -211,7 +211,8 @@ class Optimizer:
     def _orthogonal_step(
         self, names: list[str], gradients: Mapping[str, Tensor], update: Update
     ) -> None:
-        stacked = torch.stack([gradients[name].float() for name in names])  # [N, R, C]
+        wide = [gradients[name].float() for name in names]
+        stacked = torch.stack(wide, out=_scratch((len(wide), *wide[0].shape), wide[0]))  # [N, R, C]
         if update.grad_scale is not None:
             stacked.mul_(update.grad_scale)
         for name, gradient in zip(names, stacked, strict=True):
@@ -276,11 +277,24 @@ def orthogonalize(matrices: Tensor, products: torch.dtype = torch.float32) -> Te
     """
     a, b, c = NEWTON_SCHULZ
     tall = matrices.shape[1] > matrices.shape[2]
-    x: Tensor = matrices / (torch.linalg.matrix_norm(matrices, keepdim=True) + 1e-7)
+    x = _scratch(tuple(matrices.shape), matrices)
+    torch.div(matrices, torch.linalg.matrix_norm(matrices, keepdim=True) + 1e-7, out=x)
     x = x.to(products)
+    side = min(matrices.shape[1:])
+    squares = (len(matrices), side, side)
+    gram, polynomial = _scratch(squares, x), _scratch(squares, x)  # [N, S, S], S = min(R, C)
+    following = _scratch(tuple(x.shape), x)
     for _ in range(NEWTON_SCHULZ_STEPS):
-        gram = x.mT @ x if tall else x @ x.mT  # [N, S, S], S = min(R, C)
-        polynomial = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)
+        torch.bmm(*((x.mT, x) if tall else (x, x.mT)), out=gram)
+        torch.baddbmm(gram, gram, gram, beta=b, alpha=c, out=polynomial)
         left, right = (x, polynomial) if tall else (polynomial, x)
-        x = torch.baddbmm(x, left, right, beta=a)
+        torch.baddbmm(x, left, right, beta=a, out=following)
+        x, following = following, x
     return x.float()
+
+
+def _scratch(shape: tuple[int, ...], like: Tensor) -> Tensor:
+    """Uninitialised, of one size in memory for all batches, so that a processor's kept memory
+    serves one after the other."""
+    size = math.prod(shape)
+    return like.new_empty(max(size, MUON_BATCH_ELEMENTS))[:size].view(shape)

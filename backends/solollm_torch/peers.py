@@ -2,14 +2,16 @@
 
 Each starts from the same weights, takes the same batches, and does what its users get: its own
 forward, `torch.optim.AdamW` with the same settings, clipping by the global norm. Only what is
-installed is offered. Nothing here is used in training.
+installed and can run on the device is offered. Nothing here is used in training.
 """
 
 from __future__ import annotations
 
+import sys
 import tempfile
 import threading
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from importlib.util import find_spec
 from typing import Any
 
@@ -23,22 +25,30 @@ from solollm.backend import Batch, Peer
 from solollm.config import OptimizerTable
 from solollm.errors import BackendError, nearest
 
-# Plain before compiled: name, and the packages that it needs.
+# Plain before compiled: name, and the modules that it needs.
 _PEERS = {
     "transformers": ("transformers",),
     "transformers+compile": ("transformers",),
+    "transformers+liger": ("transformers", "liger_kernel"),
+    "transformers+liger+compile": ("transformers", "liger_kernel"),
     "transformers Trainer": ("transformers", "accelerate"),
     "litgpt": ("litgpt", "lightning"),
     "litgpt+compile": ("litgpt", "lightning"),
 }
+_PACKAGES = {"liger_kernel": "liger-kernel"}  # where a module is not called as its package
+A_CARD = "an NVIDIA card"  # Liger's kernels are written in Triton
 
 
-def known_peers() -> dict[str, str]:
+def known_peers(device: torch.device) -> dict[str, str]:
     """See `Backend.peers`."""
-    return {
-        name: next((package for package in packages if find_spec(package) is None), "")
-        for name, packages in _PEERS.items()
-    }
+    return {name: _lacks(name, modules, device) for name, modules in _PEERS.items()}
+
+
+def _lacks(name: str, modules: tuple[str, ...], device: torch.device) -> str:
+    if "liger" in name and device.type != "cuda":
+        return A_CARD
+    missing = (module for module in modules if find_spec(module) is None)
+    return next((_PACKAGES.get(module, module) for module in missing), "")
 
 
 def make_peer(
@@ -51,16 +61,19 @@ def make_peer(
     compute_dtype: torch.dtype,
 ) -> Peer:
     """The stack of this name over the core's initial weights of `seed`."""
-    lacks = known_peers().get(name)
-    if lacks is None or lacks:
+    lacks = known_peers(device).get(name)
+    if lacks is None:
+        raise BackendError(f"there is no training stack {name!r} here", fix=nearest(name, _PEERS))
+    if lacks:
         raise BackendError(
-            f"there is no training stack {name!r} here" if lacks is None
-            else f"{name} cannot be timed: {lacks} is not installed",
-            fix=nearest(name, _PEERS) if lacks is None else f"pip install {lacks}",
-        )  # fmt: skip
+            f"{name} cannot be timed here: it needs {lacks}",
+            fix="leave it out" if lacks == A_CARD else f"pip install {lacks}",
+        )
     if name == "transformers Trainer":
         return _TrainerPeer(model, table, seed, compute_dtype)
-    if name.startswith("transformers"):
+    if "liger" in name:
+        module, loss = with_liger(_transformers_model(model, seed)), liger_loss
+    elif name.startswith("transformers"):
         module, loss = _transformers_model(model, seed), _transformers_loss
     else:
         module, loss = _litgpt_model(model, seed), _litgpt_loss
@@ -86,6 +99,40 @@ def _transformers_model(model: ModelConfig, seed: int) -> nn.Module:
 def _transformers_loss(module: nn.Module, input_ids: Tensor, labels: Tensor) -> Tensor:
     logits = module(input_ids=input_ids, use_cache=False).logits
     return functional.cross_entropy(logits.flatten(0, 1), labels.flatten())
+
+
+def with_liger(module: nn.Module) -> nn.Module:
+    """Its norms, SwiGLUs and loss are Liger's; other models of this process stay as they are."""
+    from liger_kernel.transformers import _apply_liger_kernel_to_instance
+
+    definitions = vars(sys.modules[type(module).__module__])
+    before = dict(definitions)
+    _apply_liger_kernel_to_instance(model=module)  # transformers' own Trainer calls it, too
+    definitions.update(before)
+    return module
+
+
+def liger_loss(module: nn.Module, input_ids: Tensor, labels: Tensor) -> Tensor:
+    with _liger_rotation(module):
+        loss: Tensor = module(
+            input_ids=input_ids, labels=labels, shift_labels=labels, use_cache=False
+        ).loss
+    return loss
+
+
+@contextmanager
+def _liger_rotation(module: nn.Module) -> Iterator[None]:
+    """Liger's rotation is a function that transformers' layers look up at every call."""
+    from liger_kernel.transformers.rope import liger_rotary_pos_emb
+
+    known = getattr(module, "_orig_mod", module)  # under the compiler's wrapper
+    definitions = vars(sys.modules[type(known).__module__])
+    before = definitions["apply_rotary_pos_emb"]
+    definitions["apply_rotary_pos_emb"] = liger_rotary_pos_emb
+    try:
+        yield
+    finally:
+        definitions["apply_rotary_pos_emb"] = before
 
 
 def _litgpt_model(model: ModelConfig, seed: int) -> nn.Module:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import os
 import resource
 import sys
@@ -15,7 +14,7 @@ import torch
 
 from solollm.backend import MemoryStats
 from solollm.errors import ConfigError, nearest
-from solollm_torch.compiling import keep_freed_memory
+from solollm_torch.kept_mappings import give_back, keep_freed_memory
 
 _CLEAR_REFS = Path("/proc/self/clear_refs")  # Linux; 5 sets the peak to what is held: proc(5)
 
@@ -59,7 +58,5 @@ def restart_peak(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
         return
-    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
-    if trim is not None:
-        trim(0)
+    give_back()
     _CLEAR_REFS.write_text("5", encoding="ascii")

@@ -227,10 +227,10 @@ def _show(measured: TrainBenchmark) -> None:
     terminal.print(table)
     if any(stack.planned_copied_bytes for stack in measured.stacks):
         terminal.print(_copies(measured))
-    lacking = [f"{name} (lacks {lacks})" for name, lacks in measured.peers.items() if lacks]
+    lacking = [f"{name} (needs {lacks})" for name, lacks in measured.peers.items() if lacks]
     installed = [name for name, lacks in measured.peers.items() if not lacks]
     spared = [name for name in installed if name not in measured.timed_peers]
-    for title, names in (("installed, not timed", spared), ("not installed", lacking)):
+    for title, names in (("not timed", spared), ("not possible here", lacking)):
         if names:
             terminal.print(f"{title}: {', '.join(names)}", style="dim")
 

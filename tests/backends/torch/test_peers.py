@@ -57,6 +57,26 @@ def test_a_peak_begins_anew() -> None:
     assert again.peak_bytes < peak - 150_000_000
 
 
+def test_ligers_stacks_say_what_they_need(
+    monkeypatch: pytest.MonkeyPatch, tiny_config: ModelConfig
+) -> None:
+    """Triton's kernels fail on a processor inside another project's code; on a card without the
+    package, under a name that nobody can install."""
+    from solollm_torch import peers
+
+    cpu, card = torch.device("cpu"), torch.device("cuda")
+    for name in ("transformers+liger", "transformers+liger+compile"):
+        assert peers.known_peers(cpu)[name] == "an NVIDIA card"
+        monkeypatch.setattr(peers, "find_spec", lambda module: None if "liger" in module else 1)
+        assert peers.known_peers(card)[name] == "liger-kernel"
+        monkeypatch.setattr(peers, "find_spec", lambda module: 1)
+        assert peers.known_peers(card)[name] == ""
+        with pytest.raises(BackendError, match="it needs an NVIDIA card"):
+            peers.make_peer(
+                name, tiny_config, TABLE, seed=0, device=cpu, compute_dtype=torch.float32
+            )
+
+
 def test_a_stack_that_is_not_here_is_named(tiny_config: ModelConfig) -> None:
     """An ImportError from inside another project's package."""
     with pytest.raises(BackendError, match="litgpt"):
