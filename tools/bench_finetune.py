@@ -3,15 +3,17 @@ bitsandbytes on the same processor.
 
     python tools/bench_finetune.py memory [--seq-len 512] [--rows 1] [--backend mlx]
     python tools/bench_finetune.py speed  [--seq-len 512] [--rows 2] [--turns 6]
-    python tools/bench_finetune.py padded --data train.jsonl [--samples 48] [--turns 3] [--sort]
+    python tools/bench_finetune.py padded --data train.jsonl [--samples 48] [--turns 3]
+    python tools/bench_finetune.py losses [--seq-len 512] [--steps 6]
 
 `memory` trains a step of each method in a fresh process and prints its peak above what the process
 held once its frameworks were imported; on MLX, the peak that its allocator counts. `speed` trains
 on full rows, `padded` on GSM8K's rows of unequal length, which the peer pads and we pack, and
-counts only tokens that are somebody's; `--sort` has a second peer, whose batches are of like
-lengths. Each side lives in its own process, as its users run it, and they take turns: one waits
-while the other trains, so that both meet the same machine. Times are processor seconds of those
-processes, on one thread. The sides themselves are in `finetune_sides`.
+counts only tokens that are somebody's; a second peer has batches of like lengths, as its own option
+`group_by_length` makes them. Each side lives in its own process, as its users run it, and they take
+turns: one waits while the other trains, so that both meet the same machine. Times are processor
+seconds of those processes, on one thread. `losses` says what the sides' losses differ by, and how
+much of it is the rounding of the base. The sides themselves are in `finetune_sides`.
 """
 
 from __future__ import annotations
@@ -23,6 +25,7 @@ import platform
 import resource
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -31,13 +34,14 @@ import numpy as np
 import psutil
 from finetune_sides import Turn, Work
 
+PARTS = ("memory", "speed", "padded", "losses", "peak", "turns")
 METHODS = ("full", "lora", "qlora", "peer")
-SIDES = ("ours", "peer", "sorted peer")
+SIDES = ("ours", "peer", "grouped peer")
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("part", choices=["memory", "speed", "padded", "peak", "turns"])
+    parser.add_argument("part", choices=PARTS)
     parser.add_argument("--method", choices=METHODS, default="qlora")
     parser.add_argument("--side", choices=SIDES, default="ours")
     parser.add_argument("--backend", choices=["torch", "mlx"], default="torch")
@@ -46,12 +50,12 @@ def main() -> int:
     parser.add_argument("--turns", type=int, default=0)
     parser.add_argument("--samples", type=int, default=48)
     parser.add_argument("--data", type=Path)
-    parser.add_argument("--sort", action="store_true")
+    parser.add_argument("--steps", type=int, default=6)
     arguments = parser.parse_args()
-    if arguments.part in ("memory", "speed", "padded"):
+    if arguments.part not in ("peak", "turns"):
         print(describe(), flush=True)
-    parts = {"memory": memory, "speed": speed, "padded": padded, "peak": peak, "turns": turns}
-    parts[arguments.part](arguments)
+    parts = (memory, speed, padded, losses, peak, turns)
+    dict(zip(PARTS, parts, strict=True))[arguments.part](arguments)
     return 0
 
 
@@ -108,24 +112,38 @@ def peak(arguments: argparse.Namespace) -> None:
 
 def speed(arguments: argparse.Namespace) -> None:
     """Full rows; the losses of the two sides agree, for they train the same adapter."""
-    tokens = works(arguments)["ours"].tokens
-    found = compare(arguments, ("ours", "peer"), arguments.turns or 6, tokens)
-    ours, theirs = (np.array([turn.loss for turn in found[side]]) for side in ("ours", "peer"))
-    apart = np.abs(ours - theirs) / theirs
-    for name, shown in (("ours", ours), ("peer", theirs)):
-        print(f"losses, {name}: {', '.join(f'{loss:.4f}' for loss in shown)}")
-    print(f"relative difference: {', '.join(f'{value:.0e}' for value in apart)}")
+    found = compare(arguments, ("ours", "peer"), arguments.turns or 6, works(arguments))
+    show_apart("peer", *([turn.loss for turn in found[side]] for side in ("ours", "peer")))
+
+
+def losses(arguments: argparse.Namespace) -> None:
+    """Along the same steps: the peer as it is, and over a base whose magnitudes are ours."""
+    batches = [sides.full_rows(1, arguments.seq_len, step) for step in range(arguments.steps)]
+    session = sides.make_session("qlora", rows=1, seq_len=arguments.seq_len)
+    ours = [session.train_step(batch, lr=sides.LR).result().loss for batch in batches]
+    session.close()
+    for name, our_magnitudes in (("peer", False), ("peer, our magnitudes", True)):
+        theirs: list[float] = []
+        peer = sides.Peer(our_magnitudes=our_magnitudes)
+        peer.train(batches, lambda: None, theirs.append)
+        show_apart(name, ours, theirs)
+
+
+def show_apart(name: str, ours: Sequence[float], theirs: Sequence[float]) -> None:
+    apart = [abs(a - b) / b for a, b in zip(ours, theirs, strict=True)]
+    for side, shown in (("ours", ours), (name, theirs)):
+        print(f"losses, {side}: {', '.join(f'{loss:.6f}' for loss in shown)}")
+    print(f"relative difference: {', '.join(f'{value:.0e}' for value in apart)}", flush=True)
 
 
 def padded(arguments: argparse.Namespace) -> None:
     """Real rows: the peer pads each of its batches to the longest, we pack; loss on answers."""
-    names = SIDES if arguments.sort else SIDES[:2]
     found = works(arguments)
     for side, work in found.items():
         positions = sum(batch.input_ids.size for batch in work.batches)
         shape = f"{len(work.batches)} steps, padding {1 - work.tokens / positions:.1%}"
         print(f"{side}: {work.tokens:,} useful tokens, {shape}", flush=True)
-    compare(arguments, names, arguments.turns or 3, found["ours"].tokens)
+    compare(arguments, SIDES, arguments.turns or 3, found)
 
 
 def works(arguments: argparse.Namespace) -> dict[str, Work]:
@@ -138,9 +156,10 @@ def works(arguments: argparse.Namespace) -> dict[str, Work]:
 
 
 def compare(
-    arguments: argparse.Namespace, names: tuple[str, ...], count: int, tokens: int
+    arguments: argparse.Namespace, names: tuple[str, ...], count: int, work: dict[str, Work]
 ) -> dict[str, list[Turn]]:
-    """Take turns, of so many useful tokens each; print rates and ratios."""
+    """Take turns; print rates, in useful tokens, and ratios."""
+    tokens = {name: work[name].tokens for name in names}
     children = {name: child(arguments, name, count) for name in names}
     found: dict[str, list[Turn]] = {name: [] for name in names}
     for process in children.values():
@@ -148,10 +167,10 @@ def compare(
     for _ in range(count):
         for name, process in children.items():
             found[name].append(Turn(*answer(process, ask=True)))
-            print(f"{name}: {tokens / found[name][-1].seconds:.1f}", flush=True)
+            print(f"{name}: {tokens[name] / found[name][-1].seconds:.1f}", flush=True)
     for process in children.values():
         process.communicate()
-    rates = {name: [tokens / turn.seconds for turn in turns] for name, turns in found.items()}
+    rates = {name: [tokens[name] / turn.seconds for turn in turns] for name, turns in found.items()}
     for name in names:
         shown = ", ".join(f"{rate:.1f}" for rate in rates[name])
         print(f"{name}: {np.median(rates[name]):.1f} tokens per processor second ({shown})")

@@ -1,13 +1,15 @@
 """The two sides of `bench_finetune.py`: our adapter session, and transformers' Trainer over peft
 and bitsandbytes; and the batches that both train on.
 
-The model is the 125m preset over a vocabulary of 32,000 ids with random weights: neither side cares
-what they are. Both start from the same adapter, and take AdamW with the same numbers.
+The model is the 125m preset over a vocabulary of 32,000 ids (in the environment: `BENCH_PRESET`,
+`BENCH_VOCAB`) with random weights: neither side cares what they are. Both start from the same
+adapter, and take AdamW with the same numbers.
 """
 
 from __future__ import annotations
 
 import json
+import os
 import sys
 import tempfile
 import time
@@ -29,8 +31,8 @@ from solollm.model_folder import write_model_folder
 from solollm.strictfile import encode_json
 from solollm.tokenizer import Tokenizer
 
-VOCAB_SIZE = 32_000
-MODEL = preset("125m", VOCAB_SIZE)
+VOCAB_SIZE = int(os.environ.get("BENCH_VOCAB", "32000"))
+MODEL = preset(os.environ.get("BENCH_PRESET", "125m"), VOCAB_SIZE)
 RANK, ALPHA, LR = 16, 32.0, 2e-4
 TABLE = OptimizerTable(name="adamw", weight_decay=0.0)
 PEER_ROWS = 8  # samples that the peer pads to one length
@@ -120,9 +122,12 @@ def say(turn: Turn | None) -> None:
 
 
 class Peer:
-    """transformers' Trainer over a peft model on a bitsandbytes 4-bit base, with SDPA."""
+    """transformers' Trainer over a peft model on a bitsandbytes 4-bit base, with SDPA.
 
-    def __init__(self) -> None:
+    `our_magnitudes`: the 8 bits of each block's magnitude are rounded as we do, not as bitsandbytes
+    does on this device."""
+
+    def __init__(self, *, our_magnitudes: bool = False) -> None:
         import torch
         from peft import LoraConfig, get_peft_model, prepare_model_for_kbit_training
         from transformers import AutoModelForCausalLM, BitsAndBytesConfig
@@ -137,6 +142,8 @@ class Peer:
                 Path(folder) / "base", quantization_config=quantised, attn_implementation="sdpa",
                 device_map="cpu", dtype=torch.float32,
             )  # fmt: skip
+        if our_magnitudes:
+            take_our_magnitudes(model)
         model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
         self.model = get_peft_model(
             model, LoraConfig(r=RANK, lora_alpha=ALPHA, target_modules="all-linear")
@@ -192,6 +199,21 @@ class Peer:
             trainer.train()
 
 
+def take_our_magnitudes(model: Any) -> None:
+    """Replace the statistics of every matrix in 4 bits; its codes are the same by either side."""
+    import torch
+    from solollm_torch.quant import Nf4Matrix
+
+    source = InitialWeights(MODEL, 0)
+    for name, weight in model.named_parameters():
+        if hasattr(weight, "quant_state"):
+            matrix = Nf4Matrix(weight.quant_state.shape, torch.device("cpu"), torch.float32)
+            matrix.encode(torch.from_numpy(source.read(name).float32()))
+            assert matrix._codes is not None
+            assert torch.equal(matrix._codes.view(-1), weight.data.view(-1)), name
+            weight.quant_state = matrix._state
+
+
 def import_ours(method: str) -> None:
     import solollm_torch.adapter_session  # noqa: F401
 
@@ -227,27 +249,46 @@ def full_rows(rows: int, length: int, step: int) -> Batch:
 
 
 def real_rows(path: Path, *, samples: int, seq_len: int) -> dict[str, Work]:
-    """The first questions and answers of a GSM8K file, loss on the answers: packed for us; padded
-    to the longest of each batch for the peer, in the file's order and in the order of lengths."""
+    """About so many questions and answers of a GSM8K file, loss on the answers: for each side some
+    of the batches that it makes of an epoch of the whole file. Ours are packed; the peer's padded
+    to their longest, in any order or as its own `group_by_length` puts them together."""
     texts = [json.loads(line) for line in path.read_text().splitlines()]
     tokenizer = a_tokenizer([f"{t['question']}\n{t['answer']}" for t in texts])
-    turns = [
+    turns = (
         [{"role": "user", "content": t["question"]}, {"role": "assistant", "content": t["answer"]}]
-        for t in texts[:samples]
-    ]
-    rendered = [render(tokenizer, messages) for messages in turns]
-    useful = sum(len(sample.ids) - 1 for sample in rendered)
+        for t in texts
+    )
+    whole = (render(tokenizer, messages) for messages in turns)
+    rendered = [sample for sample in whole if len(sample.ids) - 1 <= seq_len]
+    lengths = [len(sample.ids) - 1 for sample in rendered]
     split = SampleSet.of(tokenizer, Samples.of(rendered), Samples.of([]))
     stream = SampleStream(split, "train", seq_len=seq_len, batch_size=2, seed=0, packing=True)
-    return {
-        "ours": Work(list(stream.epoch()), useful),
-        "peer": Work(padded(rendered), useful),
-        "sorted peer": Work(padded(sorted(rendered, key=lambda one: len(one.ids))), useful),
+    steps = range(max(1, round(samples * float(np.mean(lengths)) / (2 * seq_len))))
+    packed = [index for step in steps for row in stream.rows_of(step) for index in row]
+    count = samples // PEER_ROWS
+    any_order = np.random.default_rng(0).permutation(len(rendered))[: count * PEER_ROWS]
+    orders = {
+        "peer": any_order.reshape(-1, PEER_ROWS).tolist(),
+        "grouped peer": grouped(lengths, count),
     }
+    works = {"ours": Work([stream.batch(step) for step in steps], sum(lengths[i] for i in packed))}
+    for side, order in orders.items():
+        batches = [pad([rendered[i] for i in batch]) for batch in order]
+        works[side] = Work(batches, sum(lengths[i] for batch in order for i in batch))
+    return works
 
 
-def padded(rendered: Sequence[Rendered]) -> list[Batch]:
-    return [pad(rendered[i : i + PEER_ROWS]) for i in range(0, len(rendered), PEER_ROWS)]
+def grouped(lengths: Sequence[int], count: int) -> list[list[int]]:
+    """So many of the batches that transformers' sampler makes of a whole epoch, evenly spaced. Of
+    a few samples alone it would group none: it sorts within a quarter of them, or 400."""
+    import torch
+    from transformers.trainer_pt_utils import LengthGroupedSampler
+
+    generator = torch.Generator().manual_seed(0)
+    order = list(LengthGroupedSampler(PEER_ROWS, lengths=list(lengths), generator=generator))
+    middles = (np.arange(count) + 0.5) / count
+    places = (middles * (len(order) // PEER_ROWS)).astype(int) * PEER_ROWS
+    return [order[first : first + PEER_ROWS] for first in places]
 
 
 def pad(rendered: Sequence[Rendered]) -> Batch:
