@@ -38,10 +38,8 @@ def memory_costs(
     kept, passing, ends = _bytes_per_token(model, item)
     residual = model.hidden_size * item
     fixed = CPU_PROCESS_BYTES if device.type == "cpu" else CUDA_CONTEXT_BYTES
-    # In the C library's heap the update's scratch memory is what the activations have given back.
-    in_heap = device.type == "cpu" and compiler() is None
-    if options.optimizer.name == "muon" and not in_heap:
-        fixed += MUON_SCRATCH_COPIES * 4 * _orthogonalised_at_once(model)
+    if options.optimizer.name == "muon":
+        fixed += MUON_SCRATCH_COPIES * 4 * _scratch_elements(model, device)
     head_bytes = 4 * model.vocab_size * model.hidden_size  # the embedding's gradient, for a moment
     chunk_bytes = chunk_rows(model.vocab_size, device) * model.vocab_size
     chunk_bytes *= 4 if compute_dtype == "float32" else 8  # bf16 logits are widened and narrowed
@@ -60,8 +58,14 @@ def memory_costs(
     )
 
 
-def _orthogonalised_at_once(model: ModelConfig) -> int:
-    """Elements of the largest batch of matrices of one shape."""
+def _scratch_elements(model: ModelConfig, device: torch.device) -> int:
+    """Of one of Muon's scratch matrices, beside what lies there when activations are alive. A card,
+    and the C library's heap, make the larger ones of what the activations have given back; kept
+    mappings have sizes of their own."""
+    if device.type != "cpu":
+        return MUON_BATCH_ELEMENTS
+    if compiler() is None:
+        return 0
     of_shape: Counter[tuple[int, ...]] = Counter(
         spec.shape for spec in parameter_table(model) if spec.group == "matrix"
     )
