@@ -36,6 +36,7 @@ PARTS: dict[str, list[str]] = {
         "train",
         "--alone",
         "--recompute",
+        "--rounds=3",
         "--way=resident",
         "--way=streaming",
         "--way=FSDP2 offload",

@@ -123,7 +123,8 @@ class Block(nn.Module):
 
     def attention(self, x: Tensor, *, rotary: Rotary, segments: Segments | None) -> Tensor:
         """Add what each position attends to to the residual stream [B, T, C]."""
-        if self.kernels is not None and self.fuses_attention and by_hand():
+        in_documents = segments is None or bool(segments.documents)
+        if self.kernels is not None and self.fuses_attention and by_hand() and in_documents:
             normed = rms_norm(x, self.input_layernorm, self.eps, self.kernels)  # [B, T, C]
             qkv = self.project(normed, "qkv_proj").view(*x.shape[:2], -1, self.head_dim)
             attended = attend_fused(qkv, self.num_heads, rotary, segments, kernels=self.kernels)

@@ -76,6 +76,19 @@ def test_ways_to_attend_agree(monkeypatch: pytest.MonkeyPatch, way: Any) -> None
     torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-6)
 
 
+def test_a_mask_on_a_processor_trains_as_documents_do(
+    make_session: MakeSession, make_batch: MakeBatch, tiny_config: ModelConfig
+) -> None:
+    """The compiled loops know documents alone: given a mask they failed on an empty list."""
+    sizes = {"num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 16}
+    model, batch = tiny_config.model_copy(update=sizes), make_batch(8, 64, packed=True)
+    by_way = [
+        make_session(model, backend_options=options).train_step(batch, lr=1e-3).result().loss
+        for options in ({}, {"attention": "mask"})
+    ]
+    assert by_way[0] == pytest.approx(by_way[1], rel=1e-5)
+
+
 def test_the_packed_kernel_gets_the_keyword_that_it_knows() -> None:
     """torch 2.11 says `is_causal`, 2.13 `window_size`; the other one's is an error on a card."""
     from solollm_torch.packed_attention import _causal
