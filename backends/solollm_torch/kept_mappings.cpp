@@ -1,10 +1,11 @@
 // The CPU allocator of a training process: large tensors lie in mappings of their own, which are
 // kept when a tensor dies and given to the next one of the same size. See kept_mappings.py.
 //
-// Living and kept mappings together take at most a quarter more than the living ones took at their
-// peak: where one of a new size would pass that, kept ones are given back to the system first. A
-// quarter is more than the sizes of one block need that are never alive at the same time, so that a
-// training step maps nothing new.
+// Living and kept mappings together take at most a quarter more than living tensors asked for at
+// their peak. A quarter is more than the sizes of one block need that are never alive at the same
+// time, so that a training step maps nothing new. Where a new mapping would pass that, the tensor
+// gets the smallest kept one that is larger, so that rows of varying length map nothing new either;
+// where there is none, kept ones are given back to the system first.
 
 #include <c10/core/Allocator.h>
 #include <c10/core/CPUAllocator.h>
@@ -43,7 +44,7 @@ class KeptMappings final : public c10::Allocator {
   void give_back_kept() {
     const std::lock_guard<std::mutex> guard(mutex_);
     give_back(kept_bytes_);
-    most_ = living_bytes_;
+    most_ = asked_bytes_;
   }
 
   c10::Allocator* others() const { return others_; }
@@ -56,19 +57,30 @@ class KeptMappings final : public c10::Allocator {
   static void release(void* data);
 
  private:
-  void* take(size_t size) {
+  struct Living {
+    size_t size, asked;
+  };
+
+  void* take(size_t asked) {
     const std::lock_guard<std::mutex> guard(mutex_);
+    if (asked_bytes_ + asked > most_) most_ = asked_bytes_ + asked;
+    const size_t most = most_ + most_ / kShareKept;
+    const auto found = kept_.lower_bound(asked);
+    const bool full = living_bytes_ + kept_bytes_ + asked > most;
     void* data = nullptr;
-    const auto found = kept_.find(size);
-    if (found != kept_.end()) {
+    size_t size = asked;
+    if (found != kept_.end() && (found->first == asked || full)) {
+      size = found->first;
       data = found->second;
       kept_.erase(found);
       kept_bytes_ -= size;
     } else {
-      data = map(size);
+      if (full) give_back(living_bytes_ + kept_bytes_ + asked - most);
+      data = map(asked);
     }
+    asked_bytes_ += asked;
     living_bytes_ += size;
-    living_.emplace(data, size);
+    living_.emplace(data, Living{size, asked});
     return data;
   }
 
@@ -77,8 +89,9 @@ class KeptMappings final : public c10::Allocator {
     const std::lock_guard<std::mutex> guard(mutex_);
     const auto found = living_.find(data);
     if (found == living_.end()) return false;
-    const size_t size = found->second;
+    const auto [size, asked] = found->second;
     living_.erase(found);
+    asked_bytes_ -= asked;
     living_bytes_ -= size;
     kept_bytes_ += size;
     kept_.emplace(size, data);
@@ -86,9 +99,6 @@ class KeptMappings final : public c10::Allocator {
   }
 
   void* map(size_t size) {
-    if (living_bytes_ + size > most_) most_ = living_bytes_ + size;
-    const size_t most = most_ + most_ / kShareKept, all = living_bytes_ + kept_bytes_ + size;
-    if (all > most) give_back(all - most);
     void* data = try_to_map(size);
     if (data == MAP_FAILED) {
       give_back(kept_bytes_);
@@ -120,8 +130,8 @@ class KeptMappings final : public c10::Allocator {
   c10::Allocator* others_;
   std::mutex mutex_;
   std::multimap<size_t, void*> kept_;  // by size
-  std::unordered_map<void*, size_t> living_;
-  size_t living_bytes_ = 0, kept_bytes_ = 0, most_ = 0, mapped_bytes_ = 0;
+  std::unordered_map<void*, Living> living_;
+  size_t asked_bytes_ = 0, living_bytes_ = 0, kept_bytes_ = 0, most_ = 0, mapped_bytes_ = 0;
 };
 
 KeptMappings* installed = nullptr;  // never destroyed: tensors may outlive everything else

@@ -103,6 +103,29 @@ def test_a_step_maps_nothing_new(
     assert library.kept_mappings_mapped_bytes() == before
 
 
+def test_rows_of_another_length_find_room_in_what_is_kept(
+    library: ctypes.CDLL,
+    make_session: Callable[..., Any],
+    make_batch: Callable[..., Batch],
+    tiny_config: ModelConfig,
+) -> None:
+    """Fine-tuning on rows as they come: no size comes twice, and every page is zeroed anew."""
+    kept_mappings.give_back()
+    deep = tiny_config.model_copy(update={"num_hidden_layers": 8})
+    session = make_session(deep, micro_batch_size=128)
+
+    def newly_mapped(*lengths: int) -> int:
+        before = library.kept_mappings_mapped_bytes()
+        for length in lengths:
+            session.train_step(make_batch(128, length, tiny_config.vocab_size), lr=1e-3).result()
+        session.settle()
+        mapped: int = library.kept_mappings_mapped_bytes() - before
+        return mapped
+
+    at_first = newly_mapped(128, 120, 112, 104, 96)
+    assert newly_mapped(100, 92, 124, 108, 116) < 0.1 * at_first
+
+
 def test_without_a_compiler_the_heap_is_kept_and_planned(
     monkeypatch: pytest.MonkeyPatch, tiny_config: ModelConfig
 ) -> None:
