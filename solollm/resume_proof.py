@@ -35,6 +35,10 @@ _END_SECONDS = 300.0  # from the last step to the end of the process
 _SAVE_PAUSE_SECONDS = 0.001  # per system call of a save, so that there is a save to be killed in
 _MOMENT_SECONDS = 0.05
 _POLL_SECONDS = 0.001
+# The last is what PyTorch imports, for a second, at the first backward pass.
+_PRELOADED = [
+    "__main__", "solollm.resume_proof", "torch", "torch.fx.experimental.symbolic_shapes",
+]  # fmt: skip
 
 
 class Life(NamedTuple):
@@ -138,7 +142,7 @@ class _Nursery:
         self._config = config.model_dump(mode="json")
         self._context: Any = multiprocessing.get_context(start_method)
         if start_method == "forkserver":
-            self._context.set_forkserver_preload(["__main__", "solollm.resume_proof", "torch"])
+            self._context.set_forkserver_preload(_PRELOADED)
 
     def live_out(self, run: Path) -> None:
         """Train to the end."""
