@@ -87,6 +87,15 @@ def conclude(measured: dict[str, Any]) -> None:
             variant["ours_to_this"] = ratio
 
 
+def _with_room(steps: Callable[[bool], dict[str, Any]]) -> dict[str, Any]:
+    """What `steps` measures without recomputing anything, where that fits, else with."""
+    try:
+        return steps(False)
+    except torch.cuda.OutOfMemoryError:
+        pass  # and outside of the handler again: until here the failure holds the tensors
+    return steps(True)
+
+
 def _ours(
     model: ModelConfig,
     device: torch.device,
@@ -95,56 +104,41 @@ def _ours(
     *,
     shape: Shape,
 ) -> dict[str, Any]:
-    try:
-        return _our_steps(model, device, options, other=other, shape=shape)
-    except torch.cuda.OutOfMemoryError:
-        if other.get("recompute", False):
-            raise
-    # Outside of the handler: until there the failure holds the tensors.
-    return _our_steps(model, device, options, other={**other, "recompute": True}, shape=shape)
-
-
-def _our_steps(
-    model: ModelConfig,
-    device: torch.device,
-    options: Options,
-    *,
-    other: dict[str, Any],
-    shape: Shape,
-) -> dict[str, Any]:
-    rows, count, length = shape
+    """`other`: of the optimizer's table; besides `packed` and `recompute`."""
     table = {"state_bits": 32, **other}
-    recompute, packed = table.pop("recompute", False), table.pop("packed", False)
+    must_recompute, packed = table.pop("recompute", False), table.pop("packed", False)
     dtype = "bfloat16" if device.type == "cuda" else "float32"
-    with memory_cap(device, None):
-        session = make_session(
-            DrawnResident, model, Plan(rows, recompute, dtype, length, rows * count),
-            device=device, options=options, table=table,
-        )  # fmt: skip
-        batches = [_batch(model, shape, seed, packed=packed) for seed in range(NUM_STEPS)]
-        begun = time.perf_counter()
-        seconds = timed_steps(session, batches, device, warm_up=NUM_WARM_UP)
-        warm_up = time.perf_counter() - begun - sum(seconds)
-        measured = {
-            **_speed(seconds, shape), "warm_up_seconds": warm_up, "memory": memory_peak(device),
-            "recompute": recompute, "optimizer": table, "settings": dict(session.settings),
-        }  # fmt: skip
-        session.close()
-    return measured
+    rows, count, length = shape
+
+    def steps(recompute: bool) -> dict[str, Any]:
+        plan = Plan(rows, recompute, dtype, length, rows * count)
+        with memory_cap(device, None):
+            session = make_session(
+                DrawnResident, model, plan, device=device, options=options, table=table
+            )
+            batches = [_batch(model, shape, seed, packed=packed) for seed in range(NUM_STEPS)]
+            begun = time.perf_counter()
+            seconds = timed_steps(session, batches, device, warm_up=NUM_WARM_UP)
+            warm_up = time.perf_counter() - begun - sum(seconds)
+            measured = {
+                **_speed(seconds, shape), "warm_up_seconds": warm_up,
+                "memory": memory_peak(device), "recompute": recompute, "optimizer": table,
+                "settings": dict(session.settings),
+            }  # fmt: skip
+            session.close()
+        return measured
+
+    return steps(True) if must_recompute else _with_room(steps)
 
 
 def _peer(name: str, *, model: ModelConfig, device: torch.device, shape: Shape) -> dict[str, Any]:
     if "liger" in name and find_spec("liger_kernel") is None:
         raise ModuleNotFoundError("liger_kernel is not installed")
-    try:
-        return _peer_steps(name, model, device, shape=shape, recompute=False)
-    except torch.cuda.OutOfMemoryError:
-        pass
-    return _peer_steps(name, model, device, shape=shape, recompute=True)
+    return _with_room(lambda recompute: _peer_steps(name, model, device, recompute, shape=shape))
 
 
 def _peer_steps(
-    name: str, model: ModelConfig, device: torch.device, *, shape: Shape, recompute: bool
+    name: str, model: ModelConfig, device: torch.device, recompute: bool, *, shape: Shape
 ) -> dict[str, Any]:
     """transformers, bf16 throughout, fused AdamW."""
     rows, count, _ = shape
