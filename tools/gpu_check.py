@@ -84,7 +84,7 @@ def _arguments(argv: list[str] | None) -> argparse.Namespace:
 def _measure(arguments: argparse.Namespace, begun: float) -> int:
     import torch
 
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
     if device.type == "cpu" and not arguments.tiny:
         print(f"no CUDA card here: {arguments.part} is not measured, and claims about it stay so")
         return 0

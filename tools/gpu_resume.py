@@ -79,7 +79,10 @@ def _bitwise(
     _take_over(second, first)
     first.close()
     again += [_step(second, model, shape, index) for index in range(3, 6)]
-    return {"bitwise": _same(straight, second) and losses == again, "losses": losses}
+    same = _same(straight, second) and losses == again
+    for session in (straight, second):
+        session.close()
+    return {"bitwise": same, "losses": losses}
 
 
 def _equal(model: ModelConfig, device: torch.device, *, shape: tuple[int, int]) -> dict[str, Any]:
@@ -91,7 +94,10 @@ def _equal(model: ModelConfig, device: torch.device, *, shape: tuple[int, int]) 
     for index in range(4):
         for session in sessions:
             _step(session, model, shape, index)
-    return {"bitwise": _same(*sessions)}
+    same = _same(*sessions)
+    for session in sessions:
+        session.close()
+    return {"bitwise": same}
 
 
 def _moved(

@@ -10,6 +10,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 import torch
+from torch.utils._triton import has_triton
 
 from solollm.errors import ConfigError
 from solollm_torch.model import Block
@@ -57,6 +58,6 @@ def _missing_compiler(device: torch.device) -> str:
     compiler = os.environ.get("CXX", "g++" if sys.platform != "darwin" else "clang++")
     if shutil.which(compiler) is None:
         return f"there is no C++ compiler `{compiler}`"
-    if device.type == "cuda" and not torch.utils._triton.has_triton():
+    if device.type == "cuda" and not has_triton():
         return "triton is not installed"
     return ""

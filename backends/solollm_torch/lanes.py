@@ -12,8 +12,11 @@ computation; None is one long past.
 
 from __future__ import annotations
 
+import mmap
+import weakref
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from typing import Any
 
 import torch
@@ -102,8 +105,9 @@ class CpuLanes(Lanes):
 
 
 class CudaLanes(Lanes):
-    """A stream for each lane; marks are events. Host buffers are registered with the driver as they
-    are: PyTorch's own pinned allocator rounds sizes up to powers of two."""
+    """A stream for each lane; marks are events. Host buffers are registered with the driver in
+    whole pages of their own: PyTorch's pinned allocator rounds sizes up to powers of two, and a
+    page that two buffers share would be registered twice, which the driver refuses."""
 
     def __init__(self, device: torch.device) -> None:
         super().__init__(device)
@@ -112,23 +116,31 @@ class CudaLanes(Lanes):
             for lane in ("load", "store")
         }
         self._registered: list[Tensor] = []
+        # Memory that is freed while it is registered bars its addresses for every later buffer, so
+        # lanes that nobody closed give theirs back too. At exit the driver does that by itself.
+        self._unregister = weakref.finalize(self, _unregister, device, self._registered)
+        self._unregister.atexit = False
         self._intervals: dict[str, list[tuple[torch.cuda.Event, torch.cuda.Event]]] = {
             "load": [], "store": [], "stalled": [],
         }  # fmt: skip
 
     def host_buffer(self, num_bytes: int) -> Tensor:
-        buffer = torch.empty(num_bytes, dtype=torch.uint8)
+        pages = -(-num_bytes // mmap.PAGESIZE)
+        whole = torch.empty((pages + 1) * mmap.PAGESIZE, dtype=torch.uint8)
+        begin = -whole.data_ptr() % mmap.PAGESIZE
+        buffer = whole[begin : begin + pages * mmap.PAGESIZE]
         runtime: Any = torch.cuda.cudart()  # type: ignore[no-untyped-call]
-        status = runtime.cudaHostRegister(buffer.data_ptr(), num_bytes, 0)
-        if int(status) != 0:
+        status = int(runtime.cudaHostRegister(buffer.data_ptr(), buffer.nbytes, 0))
+        if status != 0:
+            self._forget_error()
             raise BackendError(
                 f"the driver does not pin {num_bytes / 2**30:.2f} GiB of host memory",
-                why=f"cudaHostRegister says {status}; {self._pinned_bytes() / 2**30:.1f} GiB are"
-                " pinned already",
+                why=f"cudaHostRegister fails with error {status};"
+                f" {self._pinned_bytes() / 2**30:.1f} GiB are pinned already",
                 fix="free host memory, raise `ulimit -l`, or take master = bfloat16",
             )
         self._registered.append(buffer)
-        return buffer
+        return buffer[:num_bytes]
 
     def mark(self) -> Mark:
         return self._event(torch.cuda.current_stream(self.device))
@@ -157,11 +169,7 @@ class CudaLanes(Lanes):
         }
 
     def close(self) -> None:
-        torch.cuda.synchronize(self.device)
-        runtime: Any = torch.cuda.cudart()  # type: ignore[no-untyped-call]
-        for buffer in self._registered:
-            runtime.cudaHostUnregister(buffer.data_ptr())
-        self._registered.clear()
+        self._unregister()
 
     def _copy(self, lane: str, target: Tensor, source: Tensor, after: Sequence[Mark]) -> Mark:
         stream = self._streams[lane]
@@ -184,6 +192,21 @@ class CudaLanes(Lanes):
 
     def _pinned_bytes(self) -> int:
         return sum(buffer.nbytes for buffer in self._registered)
+
+    def _forget_error(self) -> None:
+        """The runtime keeps its last error until it is asked for, and PyTorch would take it for one
+        of the next kernel."""
+        with suppress(RuntimeError):
+            torch.zeros(1, device=self.device)
+            torch.cuda.synchronize(self.device)
+
+
+def _unregister(device: torch.device, buffers: list[Tensor]) -> None:
+    torch.cuda.synchronize(device)  # no copy may be under way
+    runtime: Any = torch.cuda.cudart()  # type: ignore[no-untyped-call]
+    for buffer in buffers:
+        runtime.cudaHostUnregister(buffer.data_ptr())
+    buffers.clear()
 
 
 def lanes_for(device: torch.device) -> Lanes:

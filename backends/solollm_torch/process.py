@@ -56,6 +56,7 @@ def restart_peak(device: torch.device) -> None:
     """Count the peak from now on. What was freed and kept (see `keep_freed_memory`) goes back to
     the system first, else the next peak would hide in there."""
     if device.type == "cuda":
+        torch.cuda.init()  # type: ignore[no-untyped-call]  # or it knows no device yet
         torch.cuda.reset_peak_memory_stats(device)
         return
     give_back()

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import mmap
 from collections import defaultdict, deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from solollm_torch import offload
-from solollm_torch.lanes import CpuLanes, Mark
+from solollm_torch.lanes import CpuLanes, CudaLanes, Mark
 from solollm_torch.offload import StreamingSession
 from solollm_torch.residuals import Residuals
 from solollm_torch.session import TorchSession
@@ -22,6 +24,7 @@ from torch.utils._pytree import tree_leaves
 from solollm.architecture import ModelConfig
 from solollm.backend import Batch, Plan, SessionOptions
 from solollm.config import OptimizerTable
+from solollm.errors import BackendError
 
 MakeBatch = Callable[..., Batch]
 
@@ -276,3 +279,68 @@ def test_a_forgotten_mark_is_found(
     monkeypatch.setattr(place, name, nothing)
     how = {"clip": "lagged", "offload_residuals": True, "slots": 3}
     assert races(model, make_batch, monkeypatch, **how)
+
+
+class _Driver:
+    """Pins what it is given, page by page, and as the real one refuses a page that is pinned."""
+
+    def __init__(self) -> None:
+        self.pinned: dict[int, range] = {}
+
+    def cudaHostRegister(self, place: int, num_bytes: int, flags: int) -> int:
+        assert flags == 0
+        pages = range(place // mmap.PAGESIZE, (place + num_bytes - 1) // mmap.PAGESIZE + 1)
+        if any(set(pages) & set(others) for others in self.pinned.values()):
+            return 712  # cudaErrorHostMemoryAlreadyRegistered
+        self.pinned[place] = pages
+        return 0
+
+    def cudaHostUnregister(self, place: int) -> int:
+        del self.pinned[place]
+        return 0
+
+
+@pytest.fixture
+def driver(monkeypatch) -> _Driver:
+    """Of a card without streams, which those lanes here never copy on."""
+    driver = _Driver()
+    cuda = SimpleNamespace(
+        Stream=lambda _: None, Event=None, cudart=lambda: driver, synchronize=lambda _: None
+    )
+    names = ("empty", "zeros", "uint8", "Tensor")
+    fake = SimpleNamespace(cuda=cuda, **{name: getattr(torch, name) for name in names})
+    monkeypatch.setattr("solollm_torch.lanes.torch", fake)
+    return driver
+
+
+def test_pinned_buffers_share_no_page(driver) -> None:
+    """Guards small buffers: a page that is registered twice is an error on a card."""
+    lanes = CudaLanes(torch.device("cpu"))
+    buffers = [lanes.host_buffer(size) for size in (10, 100, 5000, 16 * 1024, 1)]
+    assert [buffer.nbytes for buffer in buffers] == [10, 100, 5000, 16 * 1024, 1]
+    assert len(driver.pinned) == len(buffers)
+    lanes.close()
+    lanes.close()
+    assert not driver.pinned
+
+
+def test_lanes_that_nobody_closed_unpin_their_memory(driver) -> None:
+    """Guards the sessions after one that was dropped: the addresses came back, still registered,
+    and no new buffer could be pinned there."""
+    lanes = CudaLanes(torch.device("cpu"))
+    buffer = lanes.host_buffer(1 << 20)
+    del lanes
+    assert not driver.pinned
+    assert buffer.nbytes == 1 << 20
+
+
+def test_memory_that_the_driver_does_not_pin_is_one_error(driver, monkeypatch) -> None:
+    """Guards the message, and that what was pinned before it is given back."""
+    lanes = CudaLanes(torch.device("cpu"))
+    lanes.host_buffer(1 << 30)
+    monkeypatch.setattr(driver, "cudaHostRegister", lambda *_: 2)
+    with pytest.raises(BackendError, match=r"does not pin 0\.50 GiB") as refused:
+        lanes.host_buffer(1 << 29)
+    assert "error 2; 1.0 GiB are pinned already" in str(refused.value.why)
+    lanes.close()
+    assert not driver.pinned
