@@ -267,6 +267,8 @@ class MemoryCosts:
             counts them; then these are planned with.
         allocator_per_token_bytes, allocator_per_token_checkpointed_bytes: what the allocator cannot
             use again meanwhile, beside the two per token.
+        cast_bytes: copies of weights in the compute dtype that stay for the backward pass where
+            blocks are not recomputed.
         host_bytes: what the session holds in the host's memory beside a card's, by name, and
             `host_per_token_bytes` of a micro-batch.
         traffic_bytes: what crosses the link between them, the busier way, per "micro-batch" and
@@ -282,6 +284,7 @@ class MemoryCosts:
     state_bytes: Mapping[str, int] = field(default_factory=dict)
     allocator_per_token_bytes: float = 0.0
     allocator_per_token_checkpointed_bytes: float = 0.0
+    cast_bytes: int = 0
     host_bytes: Mapping[str, int] = field(default_factory=dict)
     host_per_token_bytes: float = 0.0
     traffic_bytes: Mapping[str, int] = field(default_factory=dict)

@@ -341,6 +341,8 @@ def _layout(question: Question, way: Way, costs: MemoryCosts, pieces: tuple[int,
     }
     if lost:
         table["allocator"] = int(lost * tokens)
+    if costs.cast_bytes and not checkpointing:
+        table["weights to compute with"] = costs.cast_bytes
     host = dict(costs.host_bytes)
     if costs.host_per_token_bytes:
         host["activations"] = int(costs.host_per_token_bytes * tokens)

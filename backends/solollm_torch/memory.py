@@ -36,6 +36,9 @@ def memory_costs(
     """Coefficients of `solollm.backend.MemoryCosts` for a session on `device`."""
     item = 4 if compute_dtype == "float32" else 2
     kept, passing, ends = _bytes_per_token(model, item)
+    compiled = _is_compiled(options, device)
+    if compiled:
+        kept += _rotated_bytes_per_token(model, item)
     residual = model.hidden_size * item
     fixed = CPU_PROCESS_BYTES if device.type == "cpu" else CUDA_CONTEXT_BYTES
     if options.optimizer.name == "muon":
@@ -54,6 +57,7 @@ def memory_costs(
         state_bytes=state,
         allocator_per_token_bytes=lost,
         allocator_per_token_checkpointed_bytes=lost_again,
+        cast_bytes=_cast_bytes(model, options, compute_dtype) if compiled else 0,
         update_dtype=_update_dtype(options),
     )
 
@@ -71,6 +75,29 @@ def _scratch_elements(model: ModelConfig, device: torch.device) -> int:
     )
     sizes = ((math.prod(shape), count) for shape, count in of_shape.items())
     return max(size * min(count, max(1, MUON_BATCH_ELEMENTS // size)) for size, count in sizes)
+
+
+def _is_compiled(options: SessionOptions, device: torch.device) -> bool:
+    """As `compiling.should_compile` decides where a compiler is, which a plan for another machine
+    takes for granted."""
+    setting = str(options.backend_options.get("compile", "auto")).lower()
+    return setting == "true" or (setting == "auto" and device.type == "cuda")
+
+
+def _rotated_bytes_per_token(model: ModelConfig, item: int) -> int:
+    """Of a compiled block. Ours rotates queries and keys where the projection has put them; the
+    compiler keeps them rotated elsewhere, and the projection for its values."""
+    return item * (model.num_attention_heads + model.num_key_value_heads) * model.head_dim
+
+
+def _cast_bytes(model: ModelConfig, options: SessionOptions, compute_dtype: ComputeDType) -> int:
+    """What the compiler keeps of them where masters are wider than the arithmetic: the blocks'
+    matrices once more. Our own products narrow them again for the backward pass."""
+    if compute_dtype == "float32" or options.adapter is not None:
+        return 0
+    if master_option(options.backend_options, "float32") != "float32":
+        return 0
+    return 2 * sum(math.prod(s.shape) for s in parameter_table(model) if s.group == "matrix")
 
 
 def _update_dtype(options: SessionOptions) -> ComputeDType:
@@ -120,6 +147,7 @@ def sharded_costs(
         costs,
         per_parameter_bytes=sum(share.values()) / model.num_parameters(),
         state_bytes={**own, "put together": together},
+        cast_bytes=0,  # they are put together narrow
         host_bytes=share if on_host else {},
     )
 
