@@ -87,10 +87,10 @@ def _run(
         batches = [
             random_batch(model, rows * count, length, seed=s, packed=False) for s in range(3)
         ]
-        seconds = timed_steps(session, batches, device, warm_up=2)
+        seconds, loss = timed_steps(session, batches, device, warm_up=2)
         measured = {
             "tokens_per_second": rows * count * length / statistics.median(seconds),
-            "seconds": seconds, "memory": memory_peak(device),
+            "seconds": seconds, "loss": loss, "memory": memory_peak(device),
         }  # fmt: skip
         if isinstance(session, StreamingSession):
             measured |= _copies(session, model, clip, seconds=seconds[-1], shape=shape)

@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from gpu_sessions import (
     DrawnResident,
+    busiest_kernels,
     datasheet_flops,
     gemm_flops,
     make_session,
@@ -29,6 +30,7 @@ from gpu_sessions import (
     synchronize,
     timed_steps,
 )
+from solollm_torch.session import TorchSession
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -64,7 +66,7 @@ def figures(device: torch.device, *, tiny: bool) -> Iterator[tuple[str, Callable
     peer = partial(_peer, model=model, device=device, shape=shape)
     yield "of the model", lambda: {**model.model_dump(), "flops": model.flops_per_token(shape[2])}
     yield "of the card", lambda: {"gemm": gemm_flops(device), "datasheet": datasheet_flops(device)}
-    yield "default", partial(ours, {}, {})
+    yield "default", partial(ours, {}, {"profiled": True})
     yield LIGER, partial(peer, LIGER)
     yield "transformers+compile", partial(peer, "transformers+compile")
     for name, (options, other) in SWITCHES.items():
@@ -104,9 +106,10 @@ def _ours(
     *,
     shape: Shape,
 ) -> dict[str, Any]:
-    """`other`: of the optimizer's table; besides `packed` and `recompute`."""
+    """`other`: of the optimizer's table; besides `packed`, `recompute` and `profiled`."""
     table = {"state_bits": 32, **other}
     must_recompute, packed = table.pop("recompute", False), table.pop("packed", False)
+    profiled = table.pop("profiled", False)
     dtype = "bfloat16" if device.type == "cuda" else "float32"
     rows, count, length = shape
 
@@ -118,17 +121,24 @@ def _ours(
             )
             batches = [_batch(model, shape, seed, packed=packed) for seed in range(NUM_STEPS)]
             begun = time.perf_counter()
-            seconds = timed_steps(session, batches, device, warm_up=NUM_WARM_UP)
+            seconds, loss = timed_steps(session, batches, device, warm_up=NUM_WARM_UP)
             warm_up = time.perf_counter() - begun - sum(seconds)
             measured = {
-                **_speed(seconds, shape), "warm_up_seconds": warm_up,
+                **_speed(seconds, shape), "loss": loss, "warm_up_seconds": warm_up,
                 "memory": memory_peak(device), "recompute": recompute, "optimizer": table,
                 "settings": dict(session.settings),
             }  # fmt: skip
+            if profiled:
+                step = partial(_step, session, batches[0])
+                measured["profile"] = busiest_kernels(step, device)
             session.close()
         return measured
 
     return steps(True) if must_recompute else _with_room(steps)
+
+
+def _step(session: TorchSession, batch: Batch) -> None:
+    session.train_step(batch, lr=1e-4).result()
 
 
 def _peer(name: str, *, model: ModelConfig, device: torch.device, shape: Shape) -> dict[str, Any]:

@@ -7,7 +7,7 @@ Shapes: B rows, T positions.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -16,6 +16,7 @@ import torch
 from solollm_torch.offload import StreamingSession
 from solollm_torch.session import TorchSession
 from torch import Tensor
+from torch.profiler import ProfilerActivity, profile
 
 from solollm.architecture import ModelConfig, parameter_table
 from solollm.backend import Batch, Plan, SessionOptions
@@ -85,17 +86,37 @@ def random_batch(model: ModelConfig, rows: int, length: int, *, seed: int, packe
 
 def timed_steps(
     session: TorchSession, batches: list[Batch], device: torch.device, *, warm_up: int = 2
-) -> list[float]:
-    """Seconds of each step after `warm_up` steps, each finished before the next begins."""
-    seconds = []
+) -> tuple[list[float], float]:
+    """Seconds of each step after `warm_up` steps, each finished before the next begins; and the
+    last one's loss, by which two ways to the same numbers are told from others."""
+    seconds, loss = [], 0.0
     for index in range(warm_up + len(batches)):
         synchronize(device)
         begun = time.perf_counter()
-        session.train_step(batches[index % len(batches)], lr=1e-4).result()
+        loss = session.train_step(batches[index % len(batches)], lr=1e-4).result().loss
         synchronize(device)
         if index >= warm_up:
             seconds.append(time.perf_counter() - begun)
-    return seconds
+    return seconds, loss
+
+
+def busiest_kernels(step: Callable[[], object], device: torch.device) -> dict[str, Any]:
+    """What one step spends its time in: the kernels that take most of it, in milliseconds, and how
+    much of the step any kernel runs at all."""
+    on_card = device.type == "cuda"
+    kinds = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if on_card else [])]
+    with profile(activities=kinds) as watch:
+        begun = time.perf_counter()
+        step()
+        synchronize(device)
+        seconds = time.perf_counter() - begun
+    name = "self_device_time_total" if on_card else "self_cpu_time_total"
+    rows = [(getattr(row, name) / 1e3, row.count, row.key[:100]) for row in watch.key_averages()]
+    rows.sort(reverse=True)
+    return {
+        "step_milliseconds": seconds * 1e3, "busy_milliseconds": sum(row[0] for row in rows),
+        "kernels": [{"ms": ms, "calls": calls, "name": key} for ms, calls, key in rows[:30]],
+    }  # fmt: skip
 
 
 def synchronize(device: torch.device) -> None:

@@ -80,6 +80,8 @@ def _scratch_elements(model: ModelConfig, device: torch.device) -> int:
 def _is_compiled(options: SessionOptions, device: torch.device) -> bool:
     """As `compiling.should_compile` decides where a compiler is, which a plan for another machine
     takes for granted."""
+    if options.adapter is not None:  # whose blocks never are
+        return False
     setting = str(options.backend_options.get("compile", "auto")).lower()
     return setting == "true" or (setting == "auto" and device.type == "cuda")
 
@@ -93,7 +95,7 @@ def _rotated_bytes_per_token(model: ModelConfig, item: int) -> int:
 def _cast_bytes(model: ModelConfig, options: SessionOptions, compute_dtype: ComputeDType) -> int:
     """What the compiler keeps of them where masters are wider than the arithmetic: the blocks'
     matrices once more. Our own products narrow them again for the backward pass."""
-    if compute_dtype == "float32" or options.adapter is not None:
+    if compute_dtype == "float32":
         return 0
     if master_option(options.backend_options, "float32") != "float32":
         return 0

@@ -1,5 +1,6 @@
 """Attention within packed documents by kernels that only cards have: flash over packed lengths, and
-FlexAttention over a block mask. `attention` calls them; both are switches, off until measured.
+FlexAttention over a block mask. `attention` calls them. A card trains with the first where
+`varlen_agrees`: a 1.3B takes a sixth longer with a mask (docs/results/gpu.md).
 
 Shapes: B rows, T positions, H query heads, K key/value heads, D head size.
 """
@@ -12,8 +13,40 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention
 
 from solollm.errors import BackendError
+
+_MOST_DEVIATION = 0.05  # of the largest number; bf16 rounds by 0.004, a wrong border gives about 1
+
+
+@functools.cache
+def varlen_agrees(device: torch.device, dtype: torch.dtype, head_dim: int) -> bool:
+    """Whether the kernel over packed lengths is there for such numbers and gives, forward and
+    backward, what a mask gives. It is asked once, with a few documents of drawn numbers."""
+    generator = torch.Generator().manual_seed(0)
+    q, k, v, up = (
+        torch.randn(2, 2, 64, head_dim, generator=generator).to(device, dtype) for _ in range(4)
+    )
+    borders = torch.tensor([0, 20, 64, 128], dtype=torch.int32, device=device)
+    ids = (torch.arange(128, device=device) >= 20).view(2, 64)
+    mask = (ids.unsqueeze(1) == ids.unsqueeze(2)).tril().unsqueeze(1)
+    found = []
+    try:
+        for packed in (True, False):
+            a, b, c = inputs = [x.clone().requires_grad_() for x in (q, k, v)]
+            with torch.enable_grad():
+                if packed:
+                    attended = varlen_attention(a, b, c, borders)
+                else:
+                    attended = scaled_dot_product_attention(a, b, c, attn_mask=mask)
+            found.append([attended, *torch.autograd.grad(attended, inputs, up)])
+    except (ImportError, RuntimeError):  # no such kernel in this build, or not for this card
+        return False
+    return all(
+        bool((ours - theirs).abs().max() <= _MOST_DEVIATION * theirs.abs().max())
+        for ours, theirs in zip(*found, strict=True)
+    )
 
 
 def require_varlen(device: torch.device) -> None:

@@ -183,6 +183,7 @@ class TorchSession(TrainSession):
         """Read the switches and set them on the blocks; compile those."""
         switches = Switches.of(
             given, self._model, self._device, compiled=compiled,
+            compute=DTYPES[self._plan.compute_dtype],
             plan=self._plan.activation_checkpointing,
         )  # fmt: skip
         blocks = list(blocks)

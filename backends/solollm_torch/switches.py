@@ -1,7 +1,7 @@
 """What a session may do otherwise, all off by default: the `backend_options` that choose it, and
 whether this machine can.
 
-    attention   documents | mask | varlen | flex      how packed documents are kept apart
+    attention   auto | documents | mask | varlen | flex    how packed documents are kept apart
     loss        own | liger | cce                     whose cross-entropy
     recompute   auto | none | attention | feed_forward | parts | block
                 what is computed again in backward; auto: the plan's activation checkpointing
@@ -9,7 +9,8 @@ whether this machine can.
     cuda_graphs record each compiled block once and replay it
     newton_schulz  float32 | bfloat16                  what Muon's iterations multiply in
 
-Each stays off until a card has shown that it gains (`tools/gpu_check.py resident`).
+Each stays off until a card has shown that it gains (`tools/gpu_check.py resident`), and where its
+gain costs something else: docs/results/gpu.md.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from solollm_torch.attention import WAYS, Way
 from solollm_torch.fp8 import require_fp8
 from solollm_torch.fused_loss import LossAndGradient, choose_loss
 from solollm_torch.gradients import DTYPES
-from solollm_torch.packed_attention import require_flex, require_varlen
+from solollm_torch.packed_attention import require_flex, require_varlen, varlen_agrees
 
 Given = Mapping[str, bool | int | float | str]
 SWITCHES = ("attention", "loss", "recompute", "fp8", "cuda_graphs", "newton_schulz")
@@ -50,8 +51,9 @@ class Switches(NamedTuple):
 
     @classmethod
     def of(
-        cls, given: Given, model: ModelConfig, device: torch.device, *, compiled: bool, plan: bool
-    ) -> Switches:
+        cls, given: Given, model: ModelConfig, device: torch.device, *, compute: torch.dtype,
+        compiled: bool, plan: bool,
+    ) -> Switches:  # fmt: skip
         """`plan`: whether blocks are to be recomputed where `recompute` leaves it open.
 
         Raises:
@@ -67,15 +69,28 @@ class Switches(NamedTuple):
                 why="what is recorded is what the compiler has made",
                 fix="leave the option `cuda_graphs` out",
             )
-        way = _attention(str(given.get("attention", "auto")), device, compiled=compiled)
+        chosen = str(given.get("attention", "auto"))
+        if chosen == "auto":
+            way = _fastest_attention(model, device, compute, compiled=compiled)
+        else:
+            way = _attention(chosen, device)
         loss = choose_loss(str(given.get("loss", "own")), device)
         products = _products(str(given.get("newton_schulz", "float32")))
         return cls(way, loss, parts, blocks, fp8, graphs, products)
 
 
-def _attention(chosen: str, device: torch.device, *, compiled: bool) -> Way:
-    if chosen == "auto":
-        return "documents" if device.type == "cpu" and not compiled else "mask"
+def _fastest_attention(
+    model: ModelConfig, device: torch.device, compute: torch.dtype, *, compiled: bool
+) -> Way:
+    if device.type == "cpu" and not compiled:
+        return "documents"
+    is_narrow = compute != torch.float32  # which the kernel over lengths does not know
+    if device.type == "cuda" and is_narrow and varlen_agrees(device, compute, model.head_dim):
+        return "varlen"
+    return "mask"
+
+
+def _attention(chosen: str, device: torch.device) -> Way:
     if chosen == "varlen":
         require_varlen(device)
     if chosen == "flex":

@@ -81,6 +81,7 @@ def test_the_resident_part_measures_or_says_why_not(check: Any, tmp_path: Path) 
 
 
 @pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:`.*gradient_checkpointing:FutureWarning")  # the peer's
 def test_the_qlora_part_stands_beside_its_peer(check: Any, tmp_path: Path) -> None:
     """A figure of ours alone proves nothing about another stack."""
     for module in ("bitsandbytes", "peft", "transformers"):

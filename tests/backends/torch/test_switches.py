@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,9 @@ from solollm_torch.loss import Targets, loss_and_gradient
 from solollm_torch.offload import StreamingSession
 from solollm_torch.ops import linear
 from solollm_torch.optim import orthogonalize
+from solollm_torch.packed_attention import varlen_agrees
 from solollm_torch.session import TorchSession
+from solollm_torch.switches import Switches
 from torch import Tensor
 from torch.nn import functional
 
@@ -74,6 +76,55 @@ def test_ways_to_attend_agree(monkeypatch: pytest.MonkeyPatch, way: Any) -> None
     with torch.no_grad():
         actual = attend(q, k, v, Segments.of(IDS, CPU, way=way))
     torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-6)
+
+
+@pytest.fixture
+def kernel(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[Any], None]]:
+    """kernel(function): the packed kernel of this build; nobody has asked yet what it gives."""
+    import torch.nn.attention.varlen as varlen
+
+    varlen_agrees.cache_clear()
+    yield lambda function: monkeypatch.setattr(varlen, "varlen_attn", function)
+    varlen_agrees.cache_clear()
+
+
+def test_a_packed_kernel_is_taken_where_it_gives_what_a_mask_gives(kernel: Any) -> None:
+    """Guards cards: another PyTorch's kernel that read its lengths otherwise would train a model
+    whose documents see each other, without an error."""
+    kernel(flash_in_numpy)
+    assert varlen_agrees(CPU, torch.float32, 8)
+
+
+def _see_all(q: Any, k: Any, v: Any, *lengths: Any, **how: Any) -> Tensor:
+    rows = (x.transpose(0, 1) for x in (q, k, v))
+    return functional.scaled_dot_product_attention(*rows, is_causal=True).transpose(0, 1)
+
+
+def _not_built(*arguments: Any, **how: Any) -> Tensor:
+    raise RuntimeError("FlashAttention only supports Ampere GPUs or newer.")
+
+
+@pytest.mark.parametrize("other", [_see_all, _not_built])
+def test_another_packed_kernel_is_not_taken(kernel: Any, other: Any) -> None:
+    """The mask serves all."""
+    kernel(other)
+    assert not varlen_agrees(CPU, torch.float32, 8)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "agrees", "way"),
+    [("bfloat16", True, "varlen"), ("bfloat16", False, "mask"), ("float32", True, "mask")],
+)
+def test_a_card_attends_by_packed_lengths_where_that_is_right(
+    monkeypatch: pytest.MonkeyPatch, tiny_config: ModelConfig, dtype: str, agrees: bool, way: str
+) -> None:
+    """Guards the default of every training on a card."""
+    monkeypatch.setattr("solollm_torch.switches.varlen_agrees", lambda *_: agrees)
+    switches = Switches.of(
+        {}, tiny_config, torch.device("cuda"), compute=getattr(torch, dtype), compiled=True,
+        plan=False,
+    )  # fmt: skip
+    assert switches.attention == way
 
 
 def test_a_mask_on_a_processor_trains_as_documents_do(
