@@ -12,12 +12,14 @@ from __future__ import annotations
 import statistics
 from collections.abc import Callable, Iterator
 from functools import partial
+from types import MappingProxyType
 from typing import Any
 
 import torch
 from gpu_sessions import (
     DrawnResident,
     DrawnStreaming,
+    Options,
     copy_rates,
     gemm_flops,
     make_session,
@@ -42,7 +44,7 @@ CLAIMS = {
 Shape = tuple[int, int, int]  # rows of a micro-batch, micro-batches, positions
 
 
-RESIDENT = "resident, uncapped"
+RESIDENT, COMPILED = "resident, uncapped", "compiled updates"
 
 
 def figures(device: torch.device, *, tiny: bool) -> Iterator[tuple[str, Callable[[], Any]]]:
@@ -53,30 +55,42 @@ def figures(device: torch.device, *, tiny: bool) -> Iterator[tuple[str, Callable
     yield "of the card", lambda: {
         "gemm": gemm_flops(device), "copy_gb_per_second": copy_rates(device),
     }  # fmt: skip
-    run = partial(_run, model, device)
-    for clip, count in (("lagged", 1), ("exact", 4), ("lagged", 4), ("exact", 1)):
+    run, once = partial(_run, model, device), (rows, 1, length)
+    first = f"streaming, lagged, {rows * length} tokens per step"
+    yield first, partial(run, shape=once, clip="lagged", streaming=True)
+    yield RESIDENT, partial(run, shape=once, clip="exact", streaming=False)
+    if device.type == "cuda":  # a processor compiles for half a minute
+        more = {"compiled_updates": True}
+        yield (
+            f"{first}, {COMPILED}",
+            partial(run, shape=once, clip="lagged", streaming=True, more=more),
+        )
+        yield (
+            f"{RESIDENT}, {COMPILED}",
+            partial(run, shape=once, clip="exact", streaming=False, more=more),
+        )
+    for clip, count in (("exact", 4), ("lagged", 4), ("exact", 1)):
         name = f"streaming, {clip}, {count * rows * length} tokens per step"
         yield name, partial(run, shape=(rows, count, length), clip=clip, streaming=True)
-        if (clip, count) == ("lagged", 1):
-            shape = (rows, 1, length)
-            yield RESIDENT, partial(run, shape=shape, clip="exact", streaming=False)
 
 
 def conclude(measured: dict[str, Any]) -> None:
     """Streaming's share of the speed that the same code has with everything on the card."""
-    whole = measured.get(RESIDENT, {}).get("tokens_per_second")
     for name, found in measured.items():
+        kind = f"{RESIDENT}, {COMPILED}" if name.endswith(COMPILED) else RESIDENT
+        whole = measured.get(kind, {}).get("tokens_per_second")
         if whole and name.startswith("streaming") and "tokens_per_second" in found:
             found["share_of_uncapped"] = found["tokens_per_second"] / whole
 
 
 def _run(
-    model: ModelConfig, device: torch.device, *, shape: Shape, clip: str, streaming: bool
-) -> dict[str, Any]:
+    model: ModelConfig, device: torch.device, *, shape: Shape, clip: str, streaming: bool,
+    more: Options = MappingProxyType({}),
+) -> dict[str, Any]:  # fmt: skip
     rows, count, length = shape
     dtype = "bfloat16" if device.type == "cuda" else "float32"
     plan = Plan(rows, True, dtype, length, rows * count)
-    options: dict[str, bool | int | float | str] = {"master": "split"}
+    options: dict[str, bool | int | float | str] = {"master": "split", **more}
     if streaming:
         options |= {"offload": "streaming", "offload_residuals": True}
     with memory_cap(device, CAP_GIB if streaming else None):

@@ -45,6 +45,7 @@ SWITCHES: dict[str, tuple[Options, dict[str, Any]]] = {  # options, and what of 
     "recomputing": ({}, {"recompute": True}),
     "8-bit moments": ({}, {"state_bits": 8}),
     "split masters, 8-bit moments": ({"master": "split"}, {"state_bits": 8}),
+    "8-bit moments, compiled updates": ({"compiled_updates": True}, {"state_bits": 8}),
     "Muon": ({}, {"name": "muon"}),
     "Muon, bf16 products": ({"newton_schulz": "bfloat16"}, {"name": "muon"}),
     "not compiled": ({"compile": False}, {}),

@@ -11,19 +11,21 @@ from torch import Tensor
 from solollm.optim_codec import BLOCK_SIZE, State, codebook, search_table
 
 
-class _Tables(NamedTuple):
+class Tables(NamedTuple):
+    """By which values become codes and codes values, on a device."""
+
     levels: Tensor  # float32 [256]
     borders: Tensor  # float32 [256], the last one infinite
     low: Tensor  # int32 [65536], see `search_table`
 
 
 @cache
-def _tables(state: State, device: torch.device) -> _Tables:
+def tables_of(state: State, device: torch.device) -> Tables:
     book = codebook(state)
     borders = torch.full((256,), torch.inf)
     borders[:-1] = torch.from_numpy(book.borders.copy())
     levels, low = torch.from_numpy(book.levels.copy()), torch.from_numpy(search_table(state).copy())
-    return _Tables(levels.to(device), borders.to(device), low.to(device))
+    return Tables(levels.to(device), borders.to(device), low.to(device))
 
 
 class CodedState(NamedTuple):
@@ -37,7 +39,7 @@ class CodedState(NamedTuple):
     def decode(self, chunk: slice) -> Tensor:
         """The float32 values of a slice, a new tensor."""
         codes = self.codes[chunk]
-        tables = _tables(self.state, codes.device)
+        tables = tables_of(self.state, codes.device)
         values = tables.levels.index_select(0, codes.int())
         _scale(values, self.absmax[_blocks(chunk, codes.numel())])
         return values
@@ -45,7 +47,7 @@ class CodedState(NamedTuple):
     def encode(self, chunk: slice, values: Tensor, step: int = 0) -> None:
         """Store the float32 values of a slice; `values` is overwritten, `step` plays no part."""
         codes = self.codes[chunk]
-        tables = _tables(self.state, codes.device)
+        tables = tables_of(self.state, codes.device)
         full = values.numel() - values.numel() % BLOCK_SIZE
         largest = [values[:full].view(-1, BLOCK_SIZE).abs().amax(dim=1)]
         if full < values.numel():

@@ -30,7 +30,7 @@ def should_compile(setting: bool | int | float | str, device: torch.device) -> b
         raise ConfigError(f"compile = {setting!r} is not a choice", fix="use auto, true or false")
     if text == "false" or (text == "auto" and device.type != "cuda"):
         return False
-    missing = _missing_compiler(device)
+    missing = missing_compiler(device)
     if missing and text == "true":
         warnings.warn(f"training runs without torch.compile: {missing}", stacklevel=3)
     return not missing
@@ -53,7 +53,7 @@ def kernel_cache() -> Path:
     return Path(home) / "solollm" / "kernels"
 
 
-def _missing_compiler(device: torch.device) -> str:
+def missing_compiler(device: torch.device) -> str:
     """Why kernels cannot be compiled here, or the empty string."""
     compiler = os.environ.get("CXX", "g++" if sys.platform != "darwin" else "clang++")
     if shutil.which(compiler) is None:

@@ -22,6 +22,7 @@ from solollm.backend import DType, TensorSource
 from solollm.config import OptimizerTable
 from solollm.optim_codec import State
 from solollm_torch.codec import CodedState
+from solollm_torch.compiled_updates import Numbers, can_compile, coded_adamw
 from solollm_torch.state import TAGS, load_states
 from solollm_torch.state_specs import states_of, zero_states
 from solollm_torch.storage import Plain, Rounded, Storage, master_storage
@@ -52,9 +53,11 @@ class Optimizer:
 
     Attributes:
         products: what Muon's iterations multiply in; the session sets it.
+        compiles: whether 8-bit moments are updated by `compiled_updates`; likewise.
     """
 
     products = torch.float32
+    compiles = False
 
     def __init__(
         self,
@@ -132,8 +135,12 @@ class Optimizer:
             exp_avg_sq = [self._states[f"exp_avg_sq.{name}"] for name in names]
             wide = [gradients[name].float() for name in names]
             self._adamw((parameters, wide, exp_avg, exp_avg_sq), update, decay=decay)
+        numbers = None
+        if self.compiles and self._chunked:
+            device = self._parameters[self._chunked[0].name].device
+            numbers = Numbers.of(self._table, device, **update._asdict())
         for spec in self._chunked:
-            self._chunked_adamw(spec, gradients[spec.name], update)
+            self._chunked_adamw(spec, gradients[spec.name], update, numbers)
         for names in self._muon:
             self._orthogonal_step(names, gradients, update)
 
@@ -189,10 +196,20 @@ class Optimizer:
             grad_scale=None if scale is None else scale.reciprocal(), found_inf=update.found_inf,
         )  # fmt: skip
 
-    def _chunked_adamw(self, spec: ParameterSpec, gradient: Tensor, update: Update) -> None:
+    def _chunked_adamw(
+        self, spec: ParameterSpec, gradient: Tensor, update: Update, numbers: Numbers | None
+    ) -> None:
+        """`numbers`: those of the update, where the compiler may have it."""
         flat, step = gradient.reshape(-1), update.updates
         master = self._masters[spec.name]
         first, second = (self._stored[f"{s}.{spec.name}"] for s in ("exp_avg", "exp_avg_sq"))
+        if numbers is not None and can_compile(master, first, second, flat.numel()):
+            for chunk in chunks(flat):
+                coded_adamw(
+                    (master, first, second), chunk, flat[chunk], numbers, table=self._table,
+                    decay=spec.decay,
+                )  # fmt: skip
+            return
         for chunk in chunks(flat):
             weight, exp_avg, exp_avg_sq = (s.decode(chunk) for s in (master, first, second))
             tensors = ([weight], [flat[chunk].float()], [exp_avg], [exp_avg_sq])

@@ -119,8 +119,9 @@ class TorchSession(TrainSession):
         self._under_way: _Step | None = None
         self._switches = self._switch((), given, compiled=False)
         self._set_up(options)
+        how = self._switches
         for optimizer in self._all_optimizers():
-            optimizer.products = self._switches.newton_schulz
+            optimizer.products, optimizer.compiles = how.newton_schulz, how.compiled_updates
 
     def _all_optimizers(self) -> Iterable[Optimizer]:
         return self._optimizers
@@ -183,8 +184,7 @@ class TorchSession(TrainSession):
         """Read the switches and set them on the blocks; compile those."""
         switches = Switches.of(
             given, self._model, self._device, compiled=compiled,
-            compute=DTYPES[self._plan.compute_dtype],
-            plan=self._plan.activation_checkpointing,
+            compute=DTYPES[self._plan.compute_dtype], plan=self._plan.activation_checkpointing,
         )  # fmt: skip
         blocks = list(blocks)
         for block in blocks:

@@ -8,6 +8,7 @@ whether this machine can.
     fp8         the blocks' products in 8-bit floating point
     cuda_graphs record each compiled block once and replay it
     newton_schulz  float32 | bfloat16                  what Muon's iterations multiply in
+    compiled_updates  8-bit moments updated in one compiled pass
 
 Each stays off until a card has shown that it gains (`tools/gpu_check.py resident`), and where its
 gain costs something else: docs/results/gpu.md.
@@ -23,13 +24,15 @@ import torch
 from solollm.architecture import ModelConfig
 from solollm.errors import BackendError, ConfigError
 from solollm_torch.attention import WAYS, Way
+from solollm_torch.compiling import missing_compiler
 from solollm_torch.fp8 import require_fp8
 from solollm_torch.fused_loss import LossAndGradient, choose_loss
 from solollm_torch.gradients import DTYPES
 from solollm_torch.packed_attention import require_flex, require_varlen, varlen_agrees
 
 Given = Mapping[str, bool | int | float | str]
-SWITCHES = ("attention", "loss", "recompute", "fp8", "cuda_graphs", "newton_schulz")
+SWITCHES = ("attention", "loss", "recompute", "fp8", "cuda_graphs", "newton_schulz",
+            "compiled_updates")  # fmt: skip
 PARTS: Mapping[str, frozenset[str]] = {
     "none": frozenset(),
     "attention": frozenset({"attention"}),
@@ -48,6 +51,7 @@ class Switches(NamedTuple):
     fp8: bool
     cuda_graphs: bool
     newton_schulz: torch.dtype
+    compiled_updates: bool
 
     @classmethod
     def of(
@@ -76,7 +80,14 @@ class Switches(NamedTuple):
             way = _attention(chosen, device)
         loss = choose_loss(str(given.get("loss", "own")), device)
         products = _products(str(given.get("newton_schulz", "float32")))
-        return cls(way, loss, parts, blocks, fp8, graphs, products)
+        updates = bool(given.get("compiled_updates", False))
+        if updates and missing_compiler(device):
+            raise BackendError(
+                "compiled_updates needs a compiler",
+                why=missing_compiler(device),
+                fix="leave the option `compiled_updates` out",
+            )
+        return cls(way, loss, parts, blocks, fp8, graphs, products, updates)
 
 
 def _fastest_attention(

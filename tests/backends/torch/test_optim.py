@@ -376,4 +376,4 @@ def test_eight_bit_adamw_trains_as_well_for_1000_steps() -> None:
 def test_codec_tables_are_made_once_per_device() -> None:
     """Rebuilding the look-up table in every chunk would cost more than the update."""
     device = torch.device("cpu")
-    assert codec._tables("exp_avg", device) is codec._tables("exp_avg", device)
+    assert codec.tables_of("exp_avg", device) is codec.tables_of("exp_avg", device)

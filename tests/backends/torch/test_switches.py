@@ -244,6 +244,16 @@ def test_a_switch_that_cannot_be_on_says_why(
         make_session(backend_options=options)
 
 
+def test_updates_without_a_compiler_are_refused(
+    make_session: MakeSession, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The compiler's own error comes from deep inside the first step."""
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    with pytest.raises(BackendError, match="compiled_updates needs a compiler") as refused:
+        make_session(backend_options={"compiled_updates": True})
+    assert "no-such-compiler" in str(refused.value.why)
+
+
 def test_a_package_without_its_card_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
     """The package may be installed where no card is."""
     monkeypatch.setattr(fused_loss, "find_spec", lambda name: object())
