@@ -39,6 +39,7 @@ def is_usual(case: Case) -> bool:
 CASES = [
     pytest.param(c, id=str(c), marks=[] if is_usual(c) else [pytest.mark.slow])
     for c in cases(TorchBackend(), backend_options=OPTIONS)
+    if c.bench.adapter is None  # which do not stream, and say so
 ]
 
 
