@@ -162,7 +162,9 @@ def main() -> None:
     left = np.load(folder / "0-of-1.npz")
     masters.JOINED_ELEMENTS = 64  # so that joining halves shows beside these small tensors
     for name, variant in VARIANTS.items():
-        found |= go_on(name, variant, left) | bytes_of(name, variant)
+        found |= bytes_of(name, variant)
+        if name != "compact":  # whose bits depend on the ranks: there is nothing to compare
+            found |= go_on(name, variant, left)
     try:
         session_of(Variant(TIED, {"name": "adamw", "state_bits": 8}))
     except ConfigError as error:
