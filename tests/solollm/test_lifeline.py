@@ -48,7 +48,7 @@ class Patient(Patience):
 
 
 @pytest.fixture
-def rank() -> Iterator[Callable[..., Rank]]:
+def rank(ends) -> Iterator[Callable[..., Rank]]:  # of `ends`: they close after the threads on them
     made: list[Rank] = []
 
     def make(*arguments, **settings) -> Rank:
