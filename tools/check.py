@@ -30,6 +30,7 @@ DEV_DISK = 1.0e9  # bytes of the test dependencies, measured
 _INSTALLATION = "vLLM's environment"  # without it the next step has nothing to test
 # tests/conftest.py knows which files take long; xdist would begin with those of most tests.
 _BY_FILE = ("--dist", "loadfile", "--no-loadscope-reorder")
+TESTS_FAILED = 1  # pytest's exit code when all have run
 NO_TESTS = 5  # pytest's exit code when nothing carries the mark
 _FAILED_LAST = ROOT / ".pytest_cache" / "v" / "cache" / "lastfailed"
 _AT_CHANCE = 2  # more failures than this are nobody's chance
@@ -47,7 +48,10 @@ def main() -> int:
     started = time.monotonic()
     failed = []
     for name, command in _steps(arguments, str(python)):
-        if not _run(name, command) and not (arguments.second_look and _second_look(command)):
+        code = _run(name, command)
+        if code == TESTS_FAILED and arguments.second_look and _second_look(command):
+            code = 0
+        if code not in (0, NO_TESTS):
             failed.append(name)
             if name == _INSTALLATION:
                 break
@@ -129,7 +133,7 @@ def _vllm_steps(python: str, torch_index: str) -> list[tuple[str, list[str]]]:
     return [(_INSTALLATION, [*install, "--into", str(VLLM_FOLDER), *index]), tests]
 
 
-def _run(name: str, command: list[str]) -> bool:
+def _run(name: str, command: list[str]) -> int:
     say(f"\n--- {name}")
     started = time.monotonic()
     # Test processes of one thread each: the models of the tests are too small for two, and threads
@@ -143,7 +147,7 @@ def _run(name: str, command: list[str]) -> bool:
         code = subprocess.run([*command, *own], cwd=ROOT, env=settings, check=False).returncode
     verdict = "ok" if code == 0 else "nothing to run" if code == NO_TESTS else f"failed ({code})"
     say(f"--- {name}: {verdict}, {time.monotonic() - started:.0f} s")
-    return code in (0, NO_TESTS)
+    return code
 
 
 def _second_look(command: list[str]) -> bool:
@@ -155,7 +159,7 @@ def _second_look(command: list[str]) -> bool:
     names = sorted(json.loads(_FAILED_LAST.read_text(encoding="utf-8")))
     if not 0 < len(names) <= _AT_CHANCE:
         return False
-    if not _run("second look", [*command[: command.index("pytest") + 1], *names]):
+    if _run("second look", [*command[: command.index("pytest") + 1], *names]) != 0:
         return False
     say("FLAKY: failed among the others and passed alone:\n  " + "\n  ".join(names))
     return True

@@ -6,6 +6,7 @@ const NUMBERS = ["temperature", "top_p", "min_p", "repetition_penalty", "top_k",
 const form = byId("settings-form");
 const input = byId("input");
 const panes = [];
+let isSentEarly = false; // before there was a pane
 
 /** The settings as requests carry them; an empty field is left to the server. */
 function settings() {
@@ -53,9 +54,11 @@ function busyChanged() {
   byId("send").hidden = isBusy;
 }
 
+/** Send what was typed; before the models are known, as soon as they are. */
 function send() {
   const text = input.value;
-  if (!text.trim() || panes.length === 0 || panes.some((pane) => pane.isBusy)) return;
+  isSentEarly = panes.length === 0;
+  if (!text.trim() || isSentEarly || panes.some((pane) => pane.isBusy)) return;
   input.value = "";
   fit();
   for (const pane of panes) pane.ask(pane.isChat ? text.trim() : text);
@@ -118,6 +121,7 @@ async function begin() {
     for (const pane of panes) pane.clear();
     input.focus();
   });
+  if (isSentEarly) send();
 }
 
 byId("composer").addEventListener("submit", (event) => (event.preventDefault(), send()));

@@ -86,6 +86,7 @@ class Opened:
         self.page.on("request", lambda request: self.requests.append(request.url))
         self.page.set_default_timeout(20_000)
         self.page.goto(server.url)
+        self.page.wait_for_selector("#panes > *")
 
     def ask(self, text: str) -> Any:
         """Type, press Enter, wait for the answer's end; the answer."""
@@ -317,6 +318,23 @@ def test_an_engine_that_is_down_is_told_and_asked_again(open_page: Callable[...,
     answer.get_by_role("button", name="Regenerate").click()
     assert opened.finished().locator(".text").inner_text() == "You said: hello"
     opened.problems = [p for p in opened.problems if "503" not in p]  # the browser logs it
+
+
+def test_a_question_before_the_models_are_known_is_sent_when_they_are(
+    open_page: Callable[..., Any],
+) -> None:
+    """Enter that does nothing, pressed by someone who types faster than a busy machine answers."""
+    opened, _ = open_page()
+    held: list[Any] = []
+    opened.page.route("**/v1/models", lambda route: held.append(route))
+    with opened.page.expect_request("**/v1/models"):
+        opened.page.reload()
+    opened.page.locator("#input").fill("hello")
+    opened.page.keyboard.press("Enter")
+    assert opened.page.locator("#input").input_value() == "hello"
+    held[0].continue_()
+    opened.page.wait_for_selector(".assistant:not([aria-busy])")
+    assert opened.finished().locator(".text").inner_text() == "You said: hello"
 
 
 @pytest.mark.parametrize("width", [320, 390, 1280])
