@@ -42,15 +42,16 @@ _SCORED_POSITIONS = 128  # prompt positions of a row whose full logits are held 
 
 @dataclass(eq=False)
 class _Sequence:
-    """A request under way. `left`: tokens it may still get; `adapter`: whose model it runs on;
-    `uid`: its number in that model's generator; `host`: what picks its tokens, None where the
-    device does."""
+    """A request under way. `left`: tokens it may still get; `has_begun`: it got its first;
+    `adapter`: whose model it runs on; `uid`: its number in that model's generator; `host`: what
+    picks its tokens, None where the device does."""
 
     id: int
     request: Request
     prompt: np.ndarray
     left: int
     adapter: str | None
+    has_begun: bool = False
     uid: int = -1
     host: _HostSampler | None = None
     scores: PromptScores | None = None
@@ -142,7 +143,9 @@ class MlxDecoder(Decoder):
 
     def _advance(self, adapter: str | None) -> None:
         """One token for each running request of an adapter."""
-        for generated in self._generators[adapter].step():
+        running = [sequence for (of, _), sequence in self._running.items() if of == adapter]
+        is_last = all(sequence.has_begun and sequence.left == 1 for sequence in running)
+        for generated in self._generators[adapter].step(is_last=is_last):
             sequence = self._running.get((adapter, generated.uid))
             if sequence is not None:
                 self._events.append(self._accept(sequence, generated))
@@ -159,6 +162,7 @@ class MlxDecoder(Decoder):
                 fix="go back to a checkpoint from before training diverged",
             )
         sequence.left -= 1
+        sequence.has_begun = True
         reason: FinishReason | None = None
         if generated.token in sequence.request.stop_ids:
             reason = "stop"

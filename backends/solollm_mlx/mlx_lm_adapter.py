@@ -140,8 +140,9 @@ class Generator:
     def __init__(self, model: nn.Module, *, max_batch_size: int, prefill_tokens: int) -> None:
         from mlx_lm.generate import BatchGenerator
 
+        self._model = _Float32Logits(model)
         self._generator = BatchGenerator(
-            _Float32Logits(model),
+            self._model,
             completion_batch_size=max_batch_size,
             prefill_batch_size=max_batch_size,
             prefill_step_size=prefill_tokens,
@@ -173,18 +174,23 @@ class Generator:
         )
         return int(uids[0])
 
-    def step(self) -> list[Generated]:
+    def step(self, *, is_last: bool = False) -> list[Generated]:
         """One token for each running sequence; [] when nothing is left.
 
-        It runs one token ahead: what it gives now was sampled in the step before.
+        It runs one token ahead: what it gives now was sampled in the step before. `is_last`: every
+        sequence is running and ends with this token, so that nothing need be computed ahead.
         """
-        responses = self._generator.next_generated()
-        picked = [response.logprobs[response.token] for response in responses]
-        mx.eval(picked)
-        return [
-            Generated(response.uid, int(response.token), float(logprob.item()))
-            for response, logprob in zip(responses, picked, strict=True)
-        ]
+        self._model.is_idle = is_last
+        try:
+            responses = self._generator.next_generated()
+        finally:
+            self._model.is_idle = False
+        generated = []
+        for response in responses:
+            # Computed already, and read where they lie: an index would be an operation more.
+            token, logprobs = int(response.token), memoryview(response.logprobs)
+            generated.append(Generated(response.uid, token, logprobs[token]))
+        return generated
 
     def remove(self, uid: int) -> None:
         """Take a sequence out, wherever it stands; an ended one is ignored."""
@@ -193,11 +199,12 @@ class Generator:
 
 class _Float32Logits(nn.Module):
     """An mlx-lm model whose logits are float32 whatever it computes in: a log-probability in bf16
-    has two digits."""
+    has two digits. While it `is_idle`, nobody wants them: they are zeros."""
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.model = model
+        self.is_idle = False
 
     @property
     def layers(self) -> Any:
@@ -205,5 +212,32 @@ class _Float32Logits(nn.Module):
         return self.model.layers
 
     def __call__(self, input_ids: mx.array, cache: Any = None) -> mx.array:
-        logits: mx.array = self.model(input_ids, cache=cache)
+        if self.is_idle:
+            return mx.zeros((*input_ids.shape, self.model.args.vocab_size))
+        logits: mx.array = self.model(input_ids, cache=_of_one_row(input_ids, cache))
         return logits.astype(mx.float32)
+
+
+class _OneRow:
+    """The batch cache of a single row, as a step of one token needs it: no mask, since nothing is
+    padded, and a position that is a number. Both are arrays for a batch, and a few percent of a
+    step of a small model."""
+
+    def __init__(self, cache: Any, position: int, after: mx.array) -> None:
+        self.offset = position
+        self._cache, self._after = cache, after
+
+    def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
+        fetched: tuple[mx.array, mx.array] = self._cache.update_and_fetch(keys, values)
+        # Nobody reads the sum that it made: it would grow a term with every token.
+        self._cache.offset = self._after
+        return fetched
+
+
+def _of_one_row(input_ids: mx.array, caches: Any) -> Any:
+    """The caches themselves, unless one token of one row comes, which nothing is padded before."""
+    if not caches or input_ids.size != 1 or caches[0].left_padding.item():
+        return caches
+    position = caches[0].size()
+    after = mx.array([position + 1])
+    return [_OneRow(cache, position, after) for cache in caches]

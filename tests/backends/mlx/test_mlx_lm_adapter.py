@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import importlib
 import inspect
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -188,6 +189,55 @@ def test_close_gives_back_the_wired_limit_and_nothing_else(
     assert limits == [123]
     uid = generator.insert(PROMPTS[0], max_tokens=2, sampler=greedy)
     assert [token.uid for token in generator.step()] == [uid]
+
+
+def test_a_row_alone_is_the_row_of_a_batch(module: nn.Module) -> None:
+    """BatchKVCache's size, offset, left_padding and update_and_fetch: a position that is wrong once
+    the row is alone, once another joins it, or once that has left again."""
+
+    def run(*joining: tuple[int, Sequence[int], int]) -> dict[int, list[int]]:
+        generator = mlx_lm_adapter.Generator(module, max_batch_size=4, prefill_tokens=16)
+        found: dict[int, list[int]] = {}
+        for step in range(60):
+            for when, prompt, count in joining:
+                if when == step:
+                    generator.insert(prompt, max_tokens=count, sampler=greedy)
+            for token in generator.step():
+                found.setdefault(token.uid, []).append(token.token)
+        return found
+
+    from mlx_lm.generate import generate_step
+
+    (alone,) = run((0, PROMPTS[0], 40)).values()
+    (other,) = run((0, PROMPTS[2], 9)).values()
+    plain = generate_step(mx.array(PROMPTS[0]), module, max_tokens=40)
+    assert alone == [int(token) for token, _ in plain]
+    assert list(run((0, PROMPTS[0], 40), (7, PROMPTS[2], 9)).values()) == [alone, other]
+
+
+def test_nothing_is_computed_after_the_last_token(module: nn.Module) -> None:
+    """A pass through the model whose token nobody asked for, in every request; or one left out
+    that somebody waits for."""
+    calls: list[tuple[int, ...]] = []
+
+    class Counted(nn.Module):
+        args, layers = module.args, module.layers
+
+        def __call__(self, input_ids: mx.array, cache: Any = None) -> mx.array:
+            calls.append(input_ids.shape)
+            return module(input_ids, cache=cache)
+
+    generator = mlx_lm_adapter.Generator(Counted(), max_batch_size=2, prefill_tokens=16)
+    generator.insert(PROMPTS[0], max_tokens=3, sampler=greedy)
+    generator.insert(PROMPTS[2], max_tokens=3, sampler=greedy)
+    ahead = [generator.step(), generator.step()]
+    last = generator.step(is_last=True)
+    assert [len(tokens) for tokens in (*ahead, last)] == [2, 2, 2]
+    assert [shape[1] for shape in calls].count(1) == 3
+    assert generator.step() == []
+    generator.insert(PROMPTS[0], max_tokens=1, sampler=greedy)
+    (again,) = generator.step()
+    assert again.token == ahead[0][0].token
 
 
 def test_quantize_replaces_what_fits(wide: ModelConfig) -> None:
