@@ -357,7 +357,8 @@ def _summarize(
     )
     if shutil.which("solollm") is None:
         activate = os.path.relpath(Path(sys.prefix, "bin", "activate"))
-        narrator.say(f"First, once in every new terminal: source {activate}")
+        narrator.say("First, once in every new terminal:")
+        narrator.command([activate], program="source")
     for arguments in (
         ["chat", str(result.folder / "tuned")] if tuned else ["chat", str(result.run)],
         ["generate", str(result.run), "def main("],

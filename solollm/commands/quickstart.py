@@ -42,8 +42,8 @@ class TerminalNarrator:
     def say(self, text: str) -> None:
         self._terminal.print(Text(text))
 
-    def command(self, arguments: Sequence[str]) -> None:
-        line = Text("$ ", style="dim") + Text(f"solollm {shlex.join(arguments)}", style="bold")
+    def command(self, arguments: Sequence[str], program: str = "solollm") -> None:
+        line = Text("$ ", style="dim") + Text(f"{program} {shlex.join(arguments)}", style="bold")
         self._terminal.print(line, soft_wrap=True)
 
     def table(self, title: str, rows: Sequence[tuple[str, str]]) -> None:

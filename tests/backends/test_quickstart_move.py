@@ -30,7 +30,7 @@ class Listener:
     def say(self, text: str) -> None:
         self.said.append(text)
 
-    def command(self, arguments: Sequence[str]) -> None:
+    def command(self, arguments: Sequence[str], program: str = "solollm") -> None:
         self.commands.append(arguments[0])
 
     def table(self, title: str, rows: Sequence[tuple[str, str]]) -> None:
