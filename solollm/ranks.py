@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import os
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
@@ -34,6 +35,7 @@ from solollm.lifeline import Lifeline, Patience, connect
 from solollm.runs import Run
 
 _Result = TypeVar("_Result")
+_telling = threading.Lock()  # the thread that trains and the one that watches say a loss once
 _PATIENCE_SECONDS = 2.0  # for the kernel to let go of the lock of a process that has just died
 
 
@@ -242,8 +244,9 @@ def _write_down_for_rank_0(run: Run, rank: int, error: RankLost, *, hangs: bool)
 
 def _append_failure(run: Run, error: Exception, *, after: float = 0.0, **place: int) -> None:
     """Unless the thread that trains, or the one that watches, has said it `after` then."""
-    if run.last_ending(after) != "failed":
-        run.append_event("failed", reason=_first_line(error), **place)
+    with _telling:
+        if run.last_ending(after) != "failed":
+            run.append_event("failed", reason=_first_line(error), **place)
 
 
 def _first_line(error: Exception) -> str:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -95,6 +97,27 @@ def test_a_failure_is_written_down(run: Run) -> None:
     assert summarize(run.path).state == "failed"
     run.append_event("resumed", step=0)
     assert summarize(run.path).state != "failed"
+
+
+def test_a_loss_that_two_threads_notice_is_written_down_once(
+    run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The framework raises in the thread that trains while the one that watches hears of it."""
+    last_ending = Run.last_ending
+
+    def slowly(self: Run, after: float = 0.0) -> str:
+        ending = last_ending(self, after)
+        time.sleep(0.05)
+        return ending
+
+    def train(_: int) -> None:
+        with pytest.raises(RankLost), together(run, Scripted(0)):
+            raise RankLost("it is gone")
+
+    monkeypatch.setattr(Run, "last_ending", slowly)
+    with ThreadPoolExecutor(2) as threads:
+        list(threads.map(train, range(2)))
+    assert [event["kind"] for event in run.read_events()] == ["failed"]
 
 
 def test_a_stop_is_no_failure_and_waits_for_all(run: Run) -> None:
