@@ -23,7 +23,8 @@ from solollm_torch.masters import master_option
 from solollm_torch.optim import MUON_BATCH_ELEMENTS
 
 CUDA_CONTEXT_BYTES = 600 * 2**20
-CPU_PROCESS_BYTES = 400 * 2**20  # the interpreter and PyTorch's libraries
+# The interpreter and PyTorch's libraries, of which a build for cards brings more.
+CPU_PROCESS_BYTES = (400 if torch.version.cuda is None else 510) * 2**20
 CPU_FIRST_USE_BYTES = 60 * 2**20  # of those, what is not there before the first step
 NF4_BYTES = 0.5 + 1 / 64 + 4 / (64 * 256)  # per weight: a code, its block's 8-bit magnitude
 HEAP_LOSS = 0.08  # of the activations that blocks keep, in the C library's heap
