@@ -5,7 +5,6 @@
     python3 tools/check.py --bench         the benchmarks, with their figures
     python3 tools/check.py --gpu           the tests that need a CUDA card
     python3 tools/check.py --with-vllm     the server's contract on vLLM, in its own environment
-    python3 tools/check.py --second-look   one or two tests that fail run again, one at a time
 
 Needs Python 3.11 and nothing else: the first run makes `.venv-check` with the test dependencies;
 later runs reuse it until `pyproject.toml` changes.
@@ -14,7 +13,6 @@ later runs reuse it until `pyproject.toml` changes.
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import subprocess
 import sys
@@ -30,10 +28,7 @@ DEV_DISK = 1.0e9  # bytes of the test dependencies, measured
 _INSTALLATION = "vLLM's environment"  # without it the next step has nothing to test
 # tests/conftest.py knows which files take long; xdist would begin with those of most tests.
 _BY_FILE = ("--dist", "loadfile", "--no-loadscope-reorder")
-TESTS_FAILED = 1  # pytest's exit code when all have run
 NO_TESTS = 5  # pytest's exit code when nothing carries the mark
-_FAILED_LAST = ROOT / ".pytest_cache" / "v" / "cache" / "lastfailed"
-_AT_CHANCE = 2  # more failures than this are nobody's chance
 
 
 def main() -> int:
@@ -48,10 +43,7 @@ def main() -> int:
     started = time.monotonic()
     failed = []
     for name, command in _steps(arguments, str(python)):
-        code = _run(name, command)
-        if code == TESTS_FAILED and arguments.second_look and _second_look(command):
-            code = 0
-        if code not in (0, NO_TESTS):
+        if not _run(name, command):
             failed.append(name)
             if name == _INSTALLATION:
                 break
@@ -72,11 +64,6 @@ def _parser() -> argparse.ArgumentParser:
         help="install vLLM's CPU build (or take SOLOLLM_VLLM_PYTHON's) and run its tests",
     )
     parser.add_argument("--bench", action="store_true", help="run the benchmarks instead")
-    parser.add_argument(
-        "--second-look",
-        action="store_true",
-        help=f"run up to {_AT_CHANCE} failed tests once more, alone, and name them as flaky",
-    )
     parser.add_argument(
         "--here", action="store_true", help="use the Python that runs this, not .venv-check"
     )
@@ -133,7 +120,7 @@ def _vllm_steps(python: str, torch_index: str) -> list[tuple[str, list[str]]]:
     return [(_INSTALLATION, [*install, "--into", str(VLLM_FOLDER), *index]), tests]
 
 
-def _run(name: str, command: list[str]) -> int:
+def _run(name: str, command: list[str]) -> bool:
     say(f"\n--- {name}")
     started = time.monotonic()
     # Test processes of one thread each: the models of the tests are too small for two, and threads
@@ -147,22 +134,7 @@ def _run(name: str, command: list[str]) -> int:
         code = subprocess.run([*command, *own], cwd=ROOT, env=settings, check=False).returncode
     verdict = "ok" if code == 0 else "nothing to run" if code == NO_TESTS else f"failed ({code})"
     say(f"--- {name}: {verdict}, {time.monotonic() - started:.0f} s")
-    return code
-
-
-def _second_look(command: list[str]) -> bool:
-    """Whether the tests that failed pass alone: on a shared machine a process may stand still for
-    longer than any test allows. They are named, since a test that fails at times is a defect too.
-    """
-    if "pytest" not in command or not _FAILED_LAST.is_file():
-        return False
-    names = sorted(json.loads(_FAILED_LAST.read_text(encoding="utf-8")))
-    if not 0 < len(names) <= _AT_CHANCE:
-        return False
-    if _run("second look", [*command[: command.index("pytest") + 1], *names]) != 0:
-        return False
-    say("FLAKY: failed among the others and passed alone:\n  " + "\n  ".join(names))
-    return True
+    return code in (0, NO_TESTS)
 
 
 if __name__ == "__main__":

@@ -54,11 +54,11 @@ function busyChanged() {
   byId("send").hidden = isBusy;
 }
 
-/** Send what was typed; before the models are known, as soon as they are. */
+/** Send what was typed; before the models are known, as soon as they are, unless it is changed. */
 function send() {
   const text = input.value;
-  isSentEarly = panes.length === 0;
-  if (!text.trim() || isSentEarly || panes.some((pane) => pane.isBusy)) return;
+  isSentEarly = panes.length === 0 && text.trim() !== "";
+  if (!text.trim() || panes.length === 0 || panes.some((pane) => pane.isBusy)) return;
   input.value = "";
   fit();
   for (const pane of panes) pane.ask(pane.isChat ? text.trim() : text);
@@ -131,7 +131,7 @@ byId("settings-close").addEventListener("click", () => showSettings(false));
 form.addEventListener("input", settingsChanged);
 form.addEventListener("reset", () => setTimeout(settingsChanged));
 form.addEventListener("submit", (event) => event.preventDefault());
-input.addEventListener("input", fit);
+input.addEventListener("input", () => ((isSentEarly = false), fit()));
 input.addEventListener("keydown", (event) => {
   if (isSendKey(event)) event.preventDefault(), send();
 });

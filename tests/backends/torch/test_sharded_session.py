@@ -102,15 +102,17 @@ def test_a_lagged_step_without_a_finite_loss_changes_nothing() -> None:
 
 
 def test_bf16_computes_as_the_plain_session_does(recwarn: pytest.WarningsRecorder) -> None:
-    """Mixed precision that leaves a part in fp32, or hands the loss the wrong dtype. Only the first
-    steps: with a rate as high as this, roundings grow twofold with each."""
+    """Mixed precision that leaves a part in fp32, or hands the loss the wrong dtype. How far bf16
+    strays from fp32 in eight steps of this rate depends on the processor: where the plain session
+    strays further than 0.5%, this one may as far."""
     fp32, plain, sharded = (
-        np.array(train(session_of(UNTIED, options, dtype=dtype), range(4)))[:, :2]
+        np.array(train(session_of(UNTIED, options, dtype=dtype), range(8)))[:, :2]
         for options, dtype in (({}, "float32"), ({}, "bfloat16"), (OFFLOAD, "bfloat16"))
     )
     np.testing.assert_allclose(sharded[0], plain[0], rtol=1e-5)
     assert abs(sharded[0, 0] / fp32[0, 0] - 1) > 1e-6
-    np.testing.assert_allclose(sharded[:, 0], fp32[:, 0], rtol=5e-3)
+    strayed = np.abs(plain[:, 0] / fp32[:, 0] - 1).max()
+    np.testing.assert_allclose(sharded[:, 0], fp32[:, 0], rtol=max(5e-3, strayed))
 
 
 def chain_batches(count: int) -> list[Batch]:

@@ -320,21 +320,31 @@ def test_an_engine_that_is_down_is_told_and_asked_again(open_page: Callable[...,
     opened.problems = [p for p in opened.problems if "503" not in p]  # the browser logs it
 
 
+@pytest.mark.parametrize("typed_on", ["", " world"])
 def test_a_question_before_the_models_are_known_is_sent_when_they_are(
-    open_page: Callable[..., Any],
+    typed_on: str, open_page: Callable[..., Any]
 ) -> None:
-    """Enter that does nothing, pressed by someone who types faster than a busy machine answers."""
-    opened, _ = open_page()
+    """Enter that does nothing, pressed by someone who types faster than a busy machine answers; or
+    one that sends what is still being written."""
+    opened, engines = open_page()
     held: list[Any] = []
     opened.page.route("**/v1/models", lambda route: held.append(route))
     with opened.page.expect_request("**/v1/models"):
         opened.page.reload()
-    opened.page.locator("#input").fill("hello")
+    box = opened.page.locator("#input")
+    box.press("Enter")  # of nothing: forgotten
+    box.fill("hello")
     opened.page.keyboard.press("Enter")
-    assert opened.page.locator("#input").input_value() == "hello"
+    opened.page.keyboard.type(typed_on)
+    assert box.input_value() == f"hello{typed_on}"
     held[0].continue_()
+    opened.page.wait_for_selector("#panes > *")
+    if typed_on:
+        assert box.input_value() == "hello world"
+        assert not engines["late"].prompts
+        opened.page.keyboard.press("Enter")
     opened.page.wait_for_selector(".assistant:not([aria-busy])")
-    assert opened.finished().locator(".text").inner_text() == "You said: hello"
+    assert opened.finished().locator(".text").inner_text() == f"You said: hello{typed_on}"
 
 
 @pytest.mark.parametrize("width", [320, 390, 1280])
