@@ -70,12 +70,16 @@ async def _body(request: Request, limits: Limits) -> bytes:
             async for part in request.stream():
                 content += part
                 if len(content) > limits.max_body_bytes:
-                    raise too_large
+                    break
     except TimeoutError:
         raise ApiError(
             408, f"the body did not come within {limits.body_seconds:g} seconds",
             code="body_timeout", closes=True,
         ) from None  # fmt: skip
+    if len(content) > limits.max_body_bytes:
+        content.clear()
+        await _discard(request)
+        raise too_large
     return bytes(content)
 
 
