@@ -8,6 +8,7 @@ our own loss: neither package is given a factor per target here.
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from importlib.util import find_spec
 from typing import Any, Protocol
 
@@ -38,14 +39,14 @@ class LossAndGradient(Protocol):
     ) -> tuple[Tensor, Tensor]: ...
 
 
-def choose_loss(name: str, device: torch.device) -> LossAndGradient:
-    """The loss of the option `loss`: own, liger or cce.
+def choose_loss(name: str, device: torch.device, *, compiled: bool) -> LossAndGradient:
+    """The loss of the option `loss`: own (`compiled` as the blocks are), liger or cce.
 
     Raises:
         ConfigError: no such loss. BackendError: its package, or its device, is not here.
     """
     if name == "own":
-        return loss_and_gradient
+        return partial(loss_and_gradient, compiled=compiled)
     if name not in PACKAGES:
         raise ConfigError(f"loss = {name!r} is not a choice", fix="use own, liger or cce")
     module, package = PACKAGES[name]

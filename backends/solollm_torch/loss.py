@@ -9,7 +9,8 @@ Shapes: N positions with a target, C hidden size, V vocabulary, n positions of o
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import functools
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import numpy as np
@@ -45,13 +46,23 @@ class Targets(NamedTuple):
         return cls(rows, chosen, factors)
 
 
-def chunk_rows(vocab_size: int, device: torch.device) -> int:
-    """Positions per chunk: fp32 logits of 256 MiB, on the CPU of 128 MiB and at most 256 positions.
+def chunk_rows(vocab_size: int, device: torch.device, logit_bytes: int = 4) -> int:
+    """Positions per chunk: logits of 256 MiB, on the CPU of 128 MiB and at most 256 positions.
 
     Fewer positions than 256 read a large head too often, more gain nothing.
     """
     most, budget = (256, 2**27) if device.type == "cpu" else (2**20, 2**28)
-    return max(64, min(most, budget // (4 * vocab_size) // 64 * 64))
+    return max(64, min(most, budget // (logit_bytes * vocab_size) // 64 * 64))
+
+
+def _chunk_size(rows: Tensor, vocab_size: int, *, compiled: bool) -> int:
+    """Of rows [N, C]. Compiled: logits stay in their dtype, and all chunks have one shape, as far
+    as they can, since each other one is compiled for anew."""
+    if not compiled:
+        return chunk_rows(vocab_size, rows.device)
+    count, size = len(rows), chunk_rows(vocab_size, rows.device, rows.itemsize)
+    num_chunks = max(1, -(-count // size))
+    return max(1, -(-count // num_chunks))
 
 
 @torch.no_grad()
@@ -62,12 +73,14 @@ def loss_and_gradient(
     denominator: float,
     *,
     kernels: Kernels | None = None,
+    compiled: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """Weighted sum of -log p(label) / denominator, and its gradient.
 
     Args:
         hidden: [..., C], the decoder's output.
         head: [V, C]; its gradient is added to `head.grad` (allocated, fp32) at once.
+        compiled: a chunk's logits become their gradients in one compiled pass over them.
 
     Returns:
         The loss, fp32 0-dim, and its gradient with respect to `hidden`, of the same shape.
@@ -81,19 +94,18 @@ def loss_and_gradient(
     scale = torch.full((len(rows), 1), 1 / denominator, device=hidden.device)  # [N, 1]
     if targets.weights is not None:
         scale *= targets.weights.unsqueeze(1)
-    for part in _chunks(len(targets.labels), chunk_rows(len(head), hidden.device)):
+    for part in _chunks(len(targets.labels), _chunk_size(rows, len(head), compiled=compiled)):
         chunk, labels, factors = rows[part], targets.labels[part], scale[part]  # [n, C], [n], [n,1]
         logits = product(chunk, weight)  # [n, V]
         if kernels is not None:
             nll = kernels.cross_entropy_(logits, labels, factors)  # [n]
             torch.mm(logits, weight, out=grad_rows[part])
         else:
-            probabilities, nll = _softmax_and_nll(logits, labels.unsqueeze(1))  # [n, V], [n]
-            # d nll / d logits = probabilities - onehot(label); the scale goes onto the smaller
-            # matrix.
-            minus_one = probabilities.new_full((len(labels), 1), -1.0)
-            probabilities.scatter_add_(1, labels.unsqueeze(1), minus_one)
-            logits = probabilities.to(hidden.dtype)  # their gradient
+            if compiled:
+                nll = _compiled()(logits, labels)  # [n]
+            else:
+                logits, nll = _gradient_and_nll(logits, labels)  # their gradient [n, V], [n]
+            # The scale goes onto the smaller matrix.
             torch.mul(product(logits, weight.t()), factors, out=grad_rows[part])
             chunk = (chunk * factors).to(hidden.dtype)
         total += (nll if targets.weights is None else nll * targets.weights[part]).sum()
@@ -122,6 +134,35 @@ def token_nll(hidden: Tensor, head: Tensor, targets: Targets) -> Tensor:
 
 def _chunks(count: int, size: int) -> Iterator[slice]:
     return (slice(start, min(start + size, count)) for start in range(0, count, size))
+
+
+def _gradient_and_nll(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """d nll / d logits = softmax - onehot(label) [n, V] in the dtype of the logits, and nll [n]."""
+    probabilities, nll = _softmax_and_nll(logits, labels.unsqueeze(1))
+    minus_one = probabilities.new_full((len(labels), 1), -1.0)
+    probabilities.scatter_add_(1, labels.unsqueeze(1), minus_one)
+    return probabilities.to(logits.dtype), nll
+
+
+def _gradient_in_place(logits: Tensor, labels: Tensor) -> Tensor:
+    """The same, overwriting the logits; gives nll alone.
+
+    Written for the compiler: sums over a row and nothing that is looked up in it or used twice, so
+    that one kernel reads the row for them and, while the caches have it, once more to overwrite it.
+    The single operations of `_gradient_and_nll` pass over memory some eight times.
+    """
+    wide = logits.float()
+    top = wide.amax(dim=1, keepdim=True)  # [n, 1]
+    log_sum = top + (wide - top).exp().sum(dim=1, keepdim=True).log()
+    is_label = labels.unsqueeze(1) == torch.arange(logits.shape[1], device=logits.device)
+    chosen = torch.where(is_label, wide, 0.0).sum(dim=1)
+    logits.copy_((wide - log_sum).exp() - is_label.float())
+    return log_sum.squeeze(1) - chosen
+
+
+@functools.cache
+def _compiled() -> Callable[[Tensor, Tensor], Tensor]:
+    return torch.compile(_gradient_in_place, fullgraph=True)
 
 
 def _softmax_and_nll(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:

@@ -53,6 +53,7 @@ from solollm_torch.kernels import choose as choose_kernels
 from solollm_torch.loss import Targets, token_nll
 from solollm_torch.masters import WEIGHT_DTYPES, master_option, masters_of
 from solollm_torch.model import Block, Decoder
+from solollm_torch.narrowed import NarrowedWeights, narrow_blocks
 from solollm_torch.ops import linear
 from solollm_torch.optim import Optimizer
 from solollm_torch.preference import Preference
@@ -62,6 +63,7 @@ from solollm_torch.state_specs import zero_states
 from solollm_torch.switches import SWITCHES, Switches
 from solollm_torch.units import (
     LaggedStep,
+    clip_factor,
     gradient_norms,
     total_norm,
     unit_optimizers,
@@ -116,6 +118,7 @@ class TorchSession(TrainSession):
         if device.type == "cuda":
             self._settings["deterministic"] = bool(given.get("deterministic", False))
         self._updates, self._lagged_norm = 0, 0.0
+        self._narrowed = NarrowedWeights()
         self._under_way: _Step | None = None
         self._switches = self._switch((), given, compiled=False)
         self._set_up(options)
@@ -163,6 +166,8 @@ class TorchSession(TrainSession):
             self._optimizers = unit_optimizers(
                 model, table, self._masters, states=self._states, seed=options.seed
             )
+        if compiled and not self._switches.recomputes_blocks:  # which keep no copies either
+            self._narrowed = narrow_blocks(self._decoder)
 
     def _use_kernels(self, given: Mapping[str, bool | int | float | str]) -> None:
         """Use the compiled loops where they fit, and note which. They know float32 only."""
@@ -217,29 +222,22 @@ class TorchSession(TrainSession):
         skipped = not (math.isfinite(loss) and math.isfinite(norm))
         partial = skipped and num_applied > 0
         step.metrics = StepMetrics(loss, norm, step.tokens, skipped, partial)
-        if skipped:
-            return
-        if self._table.clip == "exact":
-            self._apply(step.lr, self._exact_factor(step.numbers[1], norm))
-        self._updates += 1
-        self._lagged_norm = norm
+        if self._table.clip == "exact" and not skipped:
+            self._apply(step.lr, clip_factor(self._table.clip_norm, step.numbers[1], norm))
+        self._narrowed.refresh()
+        if not skipped:
+            self._updates += 1
+            self._lagged_norm = norm
 
     def _apply(self, lr: float, grad_scale: Tensor | None) -> None:
         """Update every weight by the gradients that are there."""
         for optimizer in self._optimizers:
             optimizer.step(self._gradients, lr=lr, updates=self._updates, grad_scale=grad_scale)
 
-    def _exact_factor(self, norm: Tensor, norm_on_host: float) -> Tensor | None:
-        """min(1, clip_norm / (norm + 1e-6)), fp32 0-dim, or None where that is exactly 1."""
-        limit = self._table.clip_norm
-        if limit == 0 or norm_on_host + 1e-6 <= limit:
-            return None
-        return limit / (norm + 1e-6)
-
     def _lagged_factor(self) -> Tensor | None:
-        """The same of the norm of the step before."""
+        """The clip factor by the norm of the step before."""
         norm = torch.tensor(self._lagged_norm, device=self._device)
-        return self._exact_factor(norm, self._lagged_norm)
+        return clip_factor(self._table.clip_norm, norm, self._lagged_norm)
 
     def probe_step(self, batch: Batch) -> StepMetrics:
         self.settle()
@@ -346,7 +344,8 @@ class TorchSession(TrainSession):
         from solollm_torch.engine import TorchEngine
 
         self.settle()
-        return TorchEngine(self._decoder, options)
+        with self._narrowed.wide_again():
+            return TorchEngine(self._decoder, options)
 
     def snapshot(self) -> Snapshot:
         """Copies to the host, one tensor after the other: one pass over the state's memory."""
@@ -361,6 +360,7 @@ class TorchSession(TrainSession):
     def import_parameters(self, source: TensorSource) -> None:
         self.settle()
         load_parameters(self._masters, source)
+        self._narrowed.refresh()
 
     def import_optimizer(self, source: TensorSource, state: Mapping[str, int | float]) -> None:
         self.settle()
@@ -382,7 +382,7 @@ class TorchSession(TrainSession):
     def close(self) -> None:
         self.settle()
         del self._decoder, self._masters, self._states, self._optimizers
-        del self._gradients, self._unit_gradients, self._flat_gradient
+        del self._gradients, self._unit_gradients, self._flat_gradient, self._narrowed
         if self._device.type == "cuda":
             torch.cuda.empty_cache()
 

@@ -78,7 +78,7 @@ class Switches(NamedTuple):
             way = _fastest_attention(model, device, compute, compiled=compiled)
         else:
             way = _attention(chosen, device)
-        loss = choose_loss(str(given.get("loss", "own")), device)
+        loss = choose_loss(str(given.get("loss", "own")), device, compiled=compiled)
         products = _products(str(given.get("newton_schulz", "float32")))
         updates = bool(given.get("compiled_updates", False))
         if updates and missing_compiler(device):

@@ -103,6 +103,14 @@ def total_norm(norms: Sequence[Sequence[Tensor]]) -> Tensor:
     return norm
 
 
+def clip_factor(limit: float, norm: Tensor, norm_on_host: float) -> Tensor | None:
+    """min(1, limit / (norm + 1e-6)), fp32 0-dim, or None where that is exactly 1 (limit 0: always).
+    `norm_on_host`: what `norm` holds."""
+    if limit == 0 or norm_on_host + 1e-6 <= limit:
+        return None
+    return limit / (norm + 1e-6)
+
+
 class LaggedStep:
     """One step whose units are updated as their gradients come."""
 

@@ -26,6 +26,7 @@ def library() -> Iterator[ctypes.CDLL]:
     found = kept_mappings.load()
     if found is None:
         pytest.skip("there is no C++ compiler here")
+    kept_mappings.give_back()  # what sessions of earlier tests have left: of these very sizes, too
     found.use_kept_mappings(1)
     yield found
     kept_mappings.give_back()

@@ -16,7 +16,7 @@ ROWS, LENGTH, HIDDEN, VOCAB = 5, 33, 24, 301
 @pytest.fixture(autouse=True)
 def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     """Several chunks and a ragged last one, at a size that a test can afford."""
-    monkeypatch.setattr(loss_module, "chunk_rows", lambda vocab_size, device: 48)
+    monkeypatch.setattr(loss_module, "chunk_rows", lambda vocab_size, device, logit_bytes=4: 48)
 
 
 def inputs() -> tuple[torch.Tensor, torch.nn.Parameter, np.ndarray, np.ndarray]:
@@ -108,6 +108,34 @@ def test_bf16_loss_is_computed_in_float32() -> None:
     assert actual.dtype == torch.float32
     assert gradient.dtype == torch.bfloat16
     np.testing.assert_allclose(actual, expected, rtol=1e-3)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_what_is_compiled_equals_the_single_operations(
+    dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its formula: sums over all columns in place of look-ups, and logits that become gradients."""
+    monkeypatch.setattr(loss_module, "_compiled", lambda: loss_module._gradient_in_place)
+    hidden, head, labels, weights = inputs()
+    labels[1:3, 5:20] = -100
+    targets, found = Targets.of(labels, weights, CPU), []
+    for compiled in (False, True):
+        head.grad = torch.zeros_like(head)
+        result = loss_and_gradient(hidden.to(dtype), head, targets, 100.0, compiled=compiled)
+        found.append((*result, head.grad))
+    wanted = {torch.float32: 1e-5, torch.bfloat16: 1e-2}[dtype]
+    for plain, ours in zip(*found, strict=True):
+        assert ours.dtype == plain.dtype
+        torch.testing.assert_close(ours, plain, rtol=wanted, atol=wanted * plain.abs().max().item())
+
+
+def test_what_is_compiled_is_finite_where_the_label_is_improbable() -> None:
+    """log(softmax) would be -inf here; and only the label's own number is in its loss."""
+    logits = torch.tensor([[0.0, 500.0], [float("nan"), 0.0]])
+    nll = loss_module._gradient_in_place(logits, torch.tensor([0, 1]))
+    assert nll[0].item() == 500.0
+    assert torch.equal(logits[0], torch.tensor([-1.0, 1.0]))
+    assert nll[1].isnan(), "a row with a number that is none has no loss"
 
 
 def test_full_logits_are_never_held() -> None:

@@ -9,8 +9,10 @@ from typing import Any
 
 import pytest
 import torch
+from solollm_torch.gradients import attach_gradients, padded_size
 from solollm_torch.memory import CPU_PROCESS_BYTES, memory_costs, sharded_costs
 from solollm_torch.model import Decoder
+from solollm_torch.narrowed import narrow_blocks
 from solollm_torch.session import TorchSession
 from torch.autograd.graph import saved_tensors_hooks
 
@@ -84,6 +86,9 @@ def test_what_a_compiled_block_keeps_is_planned_to_the_byte(tiny_config: ModelCo
     model = tiny_config.model_copy(update={"num_hidden_layers": 1})
     decoder = Decoder(model, device=CPU, dtype=torch.float32, compute_dtype=torch.bfloat16)
     torch.nn.init.normal_(decoder.layers[0].qkv_proj)
+    parameters = list(decoder.parameters())
+    attach_gradients(parameters, torch.zeros(padded_size(parameters)))
+    narrowed = narrow_blocks(decoder)
     decoder.layers[0].compile(backend="aot_eager_decomp_partition")
     rotary, tokens, kept = decoder.rotary(64), 4 * 64, {}
 
@@ -105,7 +110,8 @@ def test_what_a_compiled_block_keeps_is_planned_to_the_byte(tiny_config: ModelCo
     )  # fmt: skip
     per_token = two.per_token_bytes - costs.per_token_bytes
     narrow_rotary = 2 * rotary.cos.numel() * 2
-    assert measured == per_token * tokens + costs.cast_bytes + narrow_rotary
+    assert measured == per_token * tokens + narrow_rotary
+    assert sum(matrix.narrow.nbytes for matrix in narrowed.matrices) == costs.cast_bytes
 
 
 def test_process_without_a_model_is_the_fixed_part() -> None:

@@ -258,7 +258,7 @@ def test_a_package_without_its_card_says_so(monkeypatch: pytest.MonkeyPatch) -> 
     """The package may be installed where no card is."""
     monkeypatch.setattr(fused_loss, "find_spec", lambda name: object())
     with pytest.raises(BackendError, match="NVIDIA"):
-        choose_loss("cce", CPU)
+        choose_loss("cce", CPU, compiled=False)
 
 
 def test_odd_sizes_have_no_fp8(make_session: MakeSession, tiny_config: ModelConfig) -> None:
