@@ -42,11 +42,12 @@ def _backend(bandwidth: float) -> Any:
 
 def test_batch_one_and_the_whole_batch_are_measured(model: TextModel) -> None:
     """Tokens of one sequence counted as those of all, or the first token as a decoded one."""
-    found = measure_latency(model, _backend(1e9), prompt_tokens=20, new_tokens=11, rounds=2)
+    # Of one round both figures come from the same times, and only the counts can differ.
+    found = measure_latency(model, _backend(1e9), prompt_tokens=20, new_tokens=11, rounds=1)
     assert [speed.batch_size for speed in found.speeds] == [1, 3]
     for speed in found.speeds:
         per_second = 1000 * speed.batch_size / speed.decode_ms_per_token
-        assert speed.tokens_per_second == pytest.approx(per_second, rel=0.5)
+        assert speed.tokens_per_second == pytest.approx(per_second)
     alone = found.speeds[0].decode_ms_per_token / 1000
     assert found.bandwidth_share == pytest.approx(found.bytes_per_token / alone / 1e9)
 
