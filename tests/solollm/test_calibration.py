@@ -60,7 +60,9 @@ def test_a_session_is_measured_at_its_own_width() -> None:
     assert isinstance(found, Calibration)
     assert sorted(found.measured) == [(1, 1), (1, 2), (2, 1), (2, 2)]
     assert all(seconds.cpu > 0 and seconds.wall > 0 for seconds in found.measured.values())
-    assert found.step_cpu_seconds > found.measured[Variant(1, 1)].cpu * 0.5
+    cpu = solve({variant: seconds.cpu for variant, seconds in found.measured.items()})
+    wall = solve({variant: seconds.wall for variant, seconds in found.measured.items()})
+    assert (found.step_cpu_seconds, found.step_seconds) == (cpu.step(4, 2), wall.step(4, 2))
 
 
 def test_rates_are_kept_and_the_nearest_width_answers(tmp_path: Path) -> None:
