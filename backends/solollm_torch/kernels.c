@@ -155,47 +155,70 @@ void decode_nf4(const uint8_t *codes, const float *pairs, const float *scales, f
 /* ---- Small products ---------------------------------------------------------------------------
  *
  * The right factor lies in panels of LANES columns, [columns / LANES, depth, LANES], so that a tile
- * of the result, TALL x LANES, is held in registers while both factors are read once and in order.
+ * of the result, TALL x 2 vectors, is held in registers while both factors are read once and in
+ * order. With AVX-512 a vector is a panel and a tile takes two of them; else a panel is two vectors.
  */
 
+#ifdef __AVX512F__
+typedef float vec __attribute__((vector_size(64), aligned(4)));
+enum { WIDTH = 16, LANES = 16, TALL = 8 };
+#else
 typedef float vec __attribute__((vector_size(32), aligned(4)));
 enum { WIDTH = 8, LANES = 16, TALL = 6 };
+#endif
 
-/* c[0..tall, 0..LANES] (+)= a b over `depth`; the element (r, k) of a is a[r * row + k * step]. */
-static inline __attribute__((always_inline)) void tile(int tall, i64 depth, const float *a, i64 row,
-                                                       i64 step, const float *b, float *c, i64 ldc,
-                                                       int add) {
+/* c[0..tall, 0..wide WIDTH] (+)= a b over `depth`; the element (r, k) of a is a[r * row + k * step],
+ * the second vector of b lies `apart` floats from the first. */
+static inline __attribute__((always_inline)) void tile(int tall, int wide, i64 depth, const float *a,
+                                                       i64 row, i64 step, const float *b, i64 apart,
+                                                       float *c, i64 ldc, int add) {
     vec sums[TALL][2];
-#pragma GCC unroll 6
+#pragma GCC unroll 8
     for (int r = 0; r < tall; r++) sums[r][0] = sums[r][1] = (vec){0};
     for (i64 k = 0; k < depth; k++) {
-        vec left = *(const vec *)(b + k * LANES), right = *(const vec *)(b + k * LANES + WIDTH);
-#pragma GCC unroll 6
+        vec left = *(const vec *)(b + k * LANES), right = left;
+        if (wide == 2) right = *(const vec *)(b + apart + k * LANES);
+#pragma GCC unroll 8
         for (int r = 0; r < tall; r++) {
             float factor = a[r * row + k * step];
             sums[r][0] += factor * left;
-            sums[r][1] += factor * right;
+            if (wide == 2) sums[r][1] += factor * right;
         }
     }
-#pragma GCC unroll 6
+#pragma GCC unroll 8
     for (int r = 0; r < tall; r++) {
         vec *to = (vec *)(c + r * ldc), *beside = (vec *)(c + r * ldc + WIDTH);
         *to = add ? *to + sums[r][0] : sums[r][0];
-        *beside = add ? *beside + sums[r][1] : sums[r][1];
+        if (wide == 2) *beside = add ? *beside + sums[r][1] : sums[r][1];
+    }
+}
+
+static inline __attribute__((always_inline)) void tiles(int tall, int wide, i64 depth,
+                                                        const float *a, i64 row, i64 step,
+                                                        const float *b, i64 apart, float *c,
+                                                        i64 ldc, int add) {
+    switch (tall) {
+#ifdef __AVX512F__
+        case 8: tile(8, wide, depth, a, row, step, b, apart, c, ldc, add); break;
+        case 7: tile(7, wide, depth, a, row, step, b, apart, c, ldc, add); break;
+#endif
+        case 6: tile(6, wide, depth, a, row, step, b, apart, c, ldc, add); break;
+        case 5: tile(5, wide, depth, a, row, step, b, apart, c, ldc, add); break;
+        case 4: tile(4, wide, depth, a, row, step, b, apart, c, ldc, add); break;
+        case 3: tile(3, wide, depth, a, row, step, b, apart, c, ldc, add); break;
+        case 2: tile(2, wide, depth, a, row, step, b, apart, c, ldc, add); break;
+        default: tile(1, wide, depth, a, row, step, b, apart, c, ldc, add);
     }
 }
 
 /* The same for `tall` of 1 to TALL rows and `panels` panels, `apart` floats from one to the next. */
 static void multiply(int tall, i64 depth, const float *a, i64 row, i64 step, const float *b,
                      i64 panels, i64 apart, float *c, i64 ldc, int add) {
-    for (i64 panel = 0; panel < panels; panel++, b += apart, c += LANES) switch (tall) {
-            case 6: tile(6, depth, a, row, step, b, c, ldc, add); break;
-            case 5: tile(5, depth, a, row, step, b, c, ldc, add); break;
-            case 4: tile(4, depth, a, row, step, b, c, ldc, add); break;
-            case 3: tile(3, depth, a, row, step, b, c, ldc, add); break;
-            case 2: tile(2, depth, a, row, step, b, c, ldc, add); break;
-            default: tile(1, depth, a, row, step, b, c, ldc, add);
-        }
+    enum { TAKEN = 2 * WIDTH / LANES }; /* panels of one tile */
+    i64 second = TAKEN == 2 ? apart : WIDTH;
+    for (; panels >= TAKEN; panels -= TAKEN, b += TAKEN * apart, c += 2 * WIDTH)
+        tiles(tall, 2, depth, a, row, step, b, second, c, ldc, add);
+    if (panels) tiles(tall, 1, depth, a, row, step, b, second, c, ldc, add);
 }
 
 /* x [rows, D] as panels of columns, [D / LANES, rows, LANES]. */
@@ -227,7 +250,7 @@ static inline i64 padded(i64 count) { return (count + LANES - 1) / LANES * LANES
  * (Dao et al. 2022, arXiv:2205.14135).
  */
 
-enum { ROWS = 8 * TALL };
+enum { ROWS = 48 }; /* a multiple of TALL */
 
 typedef struct {
     i64 H, K, D, stride; /* stride: floats from one position to the next in qkv */
