@@ -46,7 +46,7 @@ def memory_costs(
         fixed += MUON_SCRATCH_COPIES * 4 * _scratch_elements(model, device)
     head_bytes = 4 * model.vocab_size * model.hidden_size  # the embedding's gradient, for a moment
     chunk_bytes = chunk_rows(model.vocab_size, device) * model.vocab_size
-    chunk_bytes *= 4 if compute_dtype == "float32" else 8  # bf16 logits are widened and narrowed
+    chunk_bytes *= 4 if compute_dtype == "float32" else 8  # bf16: widened, narrowed; compiled: less
     state = resident_bytes(model, options, compute_dtype)
     lost, lost_again = _lost_per_token(model, item, kept, device)
     return MemoryCosts(
@@ -94,8 +94,8 @@ def _rotated_bytes_per_token(model: ModelConfig, item: int) -> int:
 
 
 def _cast_bytes(model: ModelConfig, options: SessionOptions, compute_dtype: ComputeDType) -> int:
-    """What the compiler keeps of them where masters are wider than the arithmetic: the blocks'
-    matrices once more. Our own products narrow them again for the backward pass."""
+    """The blocks' matrices once more, where masters are wider than the arithmetic (`narrowed`). Our
+    own products narrow them when they need them, and again for the backward pass."""
     if compute_dtype == "float32":
         return 0
     if master_option(options.backend_options, "float32") != "float32":

@@ -13,7 +13,6 @@ from solollm_torch.model import Block
 from solollm_torch.narrowed import NarrowedWeights
 from solollm_torch.session import TorchSession
 
-from solollm.architecture import ModelConfig
 from solollm.backend import Batch, DictSource, EngineOptions
 
 MakeSession = Callable[..., TorchSession]
@@ -75,7 +74,7 @@ def test_bits_are_those_of_blocks_that_narrow_for_themselves(
 
 
 def test_a_step_that_is_skipped_for_its_numbers_leaves_both_alike(
-    make_compiled: MakeSession, make_batch: MakeBatch, monkeypatch: pytest.MonkeyPatch
+    make_compiled: MakeSession, make_batch: MakeBatch
 ) -> None:
     """Lagged updates made before the bad unit came are in the masters; copies must have them."""
     trained = make_compiled(clip="lagged")
@@ -104,18 +103,15 @@ def test_an_engine_has_the_masters(make_compiled: MakeSession, make_batch: MakeB
     trained = make_compiled()
     trained.train_step(make_batch(8, 64), lr=1e-2).result()
     engine: Any = trained.engine(EngineOptions(compute_dtype="float32"))
-    masters = trained._masters.weights
     for index, layer in enumerate(engine.inference._layers):
-        found = layer.down_proj(torch.eye(masters[_DOWN.format(index)].shape[1]))
-        torch.testing.assert_close(found.t(), masters[_DOWN.format(index)], rtol=1e-6, atol=1e-7)
+        master = trained._masters.weights[f"model.layers.{index}.mlp.down_proj.weight"]
+        found = layer.down_proj(torch.eye(master.shape[1])).t()
+        torch.testing.assert_close(found, master, rtol=1e-6, atol=1e-7)
     assert trained._decoder.layers[0].down_proj.dtype == torch.bfloat16
 
 
-_DOWN = "model.layers.{}.mlp.down_proj.weight"
-
-
 def test_blocks_that_are_recomputed_keep_no_copies(
-    make_compiled: MakeSession, make_batch: MakeBatch, tiny_config: ModelConfig
+    make_compiled: MakeSession, make_batch: MakeBatch
 ) -> None:
     """A small card recomputes because it is full."""
     trained = make_compiled(activation_checkpointing=True)
