@@ -24,7 +24,7 @@ from solollm.backend import TensorSource
 from solollm_torch.kernels import Kernels
 from solollm_torch.masters import Masters
 from solollm_torch.model import Block, Decoder
-from solollm_torch.ops import add_outer, product
+from solollm_torch.products import add_outer, product
 from solollm_torch.quant import Nf4Matrix
 from solollm_torch.state import load_parameters
 

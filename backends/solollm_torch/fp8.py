@@ -19,7 +19,7 @@ from torch.autograd.function import once_differentiable
 
 from solollm.architecture import ModelConfig
 from solollm.errors import ConfigError
-from solollm_torch.ops import add_outer
+from solollm_torch.products import add_outer
 
 _MULTIPLE = 16  # of both sides of a product, says the operator
 _FIRST_CAPABILITY = (8, 9)

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from solollm.backend import IGNORED
 from solollm_torch.kernels import Kernels
-from solollm_torch.ops import add_outer, product
+from solollm_torch.products import add_outer, product
 
 
 class Targets(NamedTuple):
@@ -99,7 +99,7 @@ def loss_and_gradient(
         logits = product(chunk, weight)  # [n, V]
         if kernels is not None:
             nll = kernels.cross_entropy_(logits, labels, factors)  # [n]
-            torch.mm(logits, weight, out=grad_rows[part])
+            grad_rows[part] = product(logits, weight.t())
         else:
             if compiled:
                 nll = _compiled()(logits, labels)  # [n]

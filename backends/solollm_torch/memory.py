@@ -21,6 +21,7 @@ from solollm_torch.kept_mappings import compiler
 from solollm_torch.loss import chunk_rows
 from solollm_torch.masters import master_option
 from solollm_torch.optim import MUON_BATCH_ELEMENTS
+from solollm_torch.products import OUTER_ELEMENTS, rule
 
 CUDA_CONTEXT_BYTES = 600 * 2**20
 # The interpreter and PyTorch's libraries, of which a build for cards brings more.
@@ -44,6 +45,7 @@ def memory_costs(
     fixed = CPU_PROCESS_BYTES if device.type == "cpu" else CUDA_CONTEXT_BYTES
     if options.optimizer.name == "muon":
         fixed += MUON_SCRATCH_COPIES * 4 * _scratch_elements(model, device)
+    fixed += _outer_bytes(model, options, compute_dtype, device)
     head_bytes = 4 * model.vocab_size * model.hidden_size  # the embedding's gradient, for a moment
     chunk_bytes = chunk_rows(model.vocab_size, device) * model.vocab_size
     chunk_bytes *= 4 if compute_dtype == "float32" else 8  # bf16: widened, narrowed; compiled: less
@@ -76,6 +78,21 @@ def _scratch_elements(model: ModelConfig, device: torch.device) -> int:
     )
     sizes = ((math.prod(shape), count) for shape, count in of_shape.items())
     return max(size * min(count, max(1, MUON_BATCH_ELEMENTS // size)) for size, count in sizes)
+
+
+def _outer_bytes(
+    model: ModelConfig, options: SessionOptions, compute_dtype: ComputeDType, device: torch.device
+) -> int:
+    """Of the weights' gradients where a product cannot add to them on the way (`products`). Kept
+    mappings have sizes of their own."""
+    if device.type != "cpu" or compute_dtype != "float32" or options.adapter is not None:
+        return 0
+    if not rule().outer:
+        return 0
+    heads = model.num_attention_heads + 2 * model.num_key_value_heads
+    queries, inter = model.num_attention_heads * model.head_dim, model.intermediate_size
+    rows = {heads * model.head_dim, queries, 2 * inter, inter, model.vocab_size}
+    return sum(4 * min(OUTER_ELEMENTS, size * model.hidden_size) for size in rows)
 
 
 def _is_compiled(options: SessionOptions, device: torch.device) -> bool:

@@ -14,9 +14,7 @@ F intermediate size.
 
 from __future__ import annotations
 
-import functools
 import math
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -27,6 +25,7 @@ from torch.nn import functional
 
 from solollm.architecture import ModelConfig
 from solollm_torch.kernels import Kernels
+from solollm_torch.products import add_outer, product
 
 
 class Rotary(NamedTuple):
@@ -70,45 +69,6 @@ def linear(x: Tensor, weight: Tensor) -> Tensor:
         result: Tensor = _Linear.apply(x, weight)  # type: ignore[no-untyped-call]
         return result
     return product(x, weight.to(x.dtype))
-
-
-def product(x: Tensor, weight: Tensor) -> Tensor:
-    """x [..., in] @ weight.T [in, out] by the faster library; autograd cannot see through it.
-
-    PyTorch multiplies fp32 matrices with MKL, which on AMD processors with AVX-512 takes 10% to 15%
-    longer than oneDNN's kernels; on those without, oneDNN's take up to 60% longer. A rule and not a
-    measurement of each process, because runs on one machine must agree to the bit. The operator
-    that calls oneDNN is the one TorchInductor emits.
-    """
-    on_cpu = x.dtype == torch.float32 and x.device.type == "cpu"
-    if on_cpu and not torch.compiler.is_compiling() and _onednn_is_faster():
-        onednn: Tensor = torch.ops.mkldnn._linear_pointwise(x, weight, None, "none", [], "")
-        return onednn
-    return functional.linear(x, weight)
-
-
-@functools.cache
-def _onednn_is_faster() -> bool:
-    cpuinfo = Path("/proc/cpuinfo")
-    available = torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
-    if not available or not cpuinfo.exists():
-        return False
-    text = cpuinfo.read_text(encoding="utf-8", errors="replace")
-    return "AuthenticAMD" in text and "avx512f" in text
-
-
-def add_outer(weight: Tensor, grad_rows: Tensor, rows: Tensor) -> Tensor | None:
-    """The gradient of `rows @ weight.T`: grad_rows.T @ rows, [out, in].
-
-    Added to `weight.grad` in place where that is allocated (then None is returned), else returned.
-    """
-    if weight.grad is None:
-        return torch.mm(grad_rows.t(), rows).to(weight.dtype)
-    if weight.grad.dtype == rows.dtype:
-        weight.grad.addmm_(grad_rows.t(), rows)
-    else:
-        weight.grad.add_(torch.mm(grad_rows.t(), rows))
-    return None
 
 
 class _Linear(Function):

@@ -23,6 +23,7 @@ from solollm.config import OptimizerTable
 from solollm.optim_codec import State
 from solollm_torch.codec import CodedState
 from solollm_torch.compiled_updates import Numbers, can_compile, coded_adamw
+from solollm_torch.products import add_products
 from solollm_torch.state import TAGS, load_states
 from solollm_torch.state_specs import states_of, zero_states
 from solollm_torch.storage import Plain, Rounded, Storage, master_storage
@@ -302,10 +303,10 @@ def orthogonalize(matrices: Tensor, products: torch.dtype = torch.float32) -> Te
     gram, polynomial = _scratch(squares, x), _scratch(squares, x)  # [N, S, S], S = min(R, C)
     following = _scratch(tuple(x.shape), x)
     for _ in range(NEWTON_SCHULZ_STEPS):
-        torch.bmm(*((x.mT, x) if tall else (x, x.mT)), out=gram)
-        torch.baddbmm(gram, gram, gram, beta=b, alpha=c, out=polynomial)
+        add_products(gram, *((x.mT, x) if tall else (x, x.mT)), beta=0, alpha=1, out=gram)
+        add_products(gram, gram, gram, beta=b, alpha=c, out=polynomial)
         left, right = (x, polynomial) if tall else (polynomial, x)
-        torch.baddbmm(x, left, right, beta=a, out=following)
+        add_products(x, left, right, beta=a, alpha=1, out=following)
         x, following = following, x
     return x.float()
 
