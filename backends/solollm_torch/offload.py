@@ -21,12 +21,11 @@ from __future__ import annotations
 import weakref
 from collections.abc import Callable, Iterable, Mapping
 from functools import partial
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
 
-from solollm.architecture import ModelConfig
 from solollm.backend import (
     Batch,
     Copies,
@@ -57,6 +56,7 @@ from solollm_torch.ops import Rotary
 from solollm_torch.optim import Optimizer
 from solollm_torch.residuals import Residuals
 from solollm_torch.session import TorchSession
+from solollm_torch.streamed_decoder import StreamedDecoder
 from solollm_torch.streamed_updates import StreamedUpdates
 from solollm_torch.traffic import Traffic
 from solollm_torch.units import LaggedStep, gradient_norms, total_norm
@@ -102,7 +102,7 @@ class StreamingSession(TorchSession):
         self._switches = self._switch(self._ring.blocks, given, compiled=compiled)
         recomputes = self._switches.recomputes_blocks
         offloads = _offloads_residuals(given, recomputes=recomputes)
-        self._decoder = _StreamedDecoder(
+        self._decoder = StreamedDecoder(
             model, self._ring, device=device, dtype=WEIGHT_DTYPES[master], compute_dtype=compute
         )
         self._make_gradients(dtype)
@@ -123,6 +123,7 @@ class StreamingSession(TorchSession):
             "offload": "streaming", "slots": slots,
             "offload_residuals": offloads,
         }  # fmt: skip
+        self._use_kernels(given)
 
     def _make_gradients(self, dtype: torch.dtype) -> None:
         """One vector on the device: the ends' first, then block after block."""
@@ -238,7 +239,9 @@ class StreamingSession(TorchSession):
         x.requires_grad_()
         hidden = ends.final_norm(x)
         head = ends.head_weight
-        loss, gradient = self._head_loss(hidden, head, targets, batch=batch, rows=rows)
+        loss, gradient = self._head_loss(
+            hidden, head, targets, batch=batch, rows=rows, kernels=ends.kernels
+        )
         torch.autograd.backward(hidden, gradient)
         between(loss)
         assert x.grad is not None, "the hidden states depend on the last block's output"
@@ -355,26 +358,6 @@ class StreamingSession(TorchSession):
 def _compute(block: Block, rotary: Rotary, segments: Segments | None, x: Tensor) -> Tensor:
     y: Tensor = block(x, rotary, segments)
     return y
-
-
-class _StreamedDecoder(Decoder):
-    """The model's ends; the blocks between them are the ring's. Its forward pass is for whoever
-    needs no gradients."""
-
-    def __init__(self, model: ModelConfig, ring: WeightRing, **how: Any) -> None:
-        """`how`: device, dtype and compute_dtype of a `Decoder`."""
-        super().__init__(model.model_copy(update={"num_hidden_layers": 0}), **how)
-        self._ring, self._num_blocks = ring, model.num_hidden_layers
-
-    def forward(self, input_ids: Tensor, segments: Segments | None = None) -> Tensor:
-        """int [M, T] to normalised hidden states [M, T, C]."""
-        rotary, x = self.rotary(input_ids.shape[1]), self.embed(input_ids)
-        for index in range(self._num_blocks):
-            block = self._ring.use(index)
-            self._ring.prefetch(index + 1)
-            x = block(x, rotary, segments)
-            self._ring.release(index)
-        return self.final_norm(x)
 
 
 def _slots(given: Mapping[str, bool | int | float | str]) -> int:

@@ -159,7 +159,7 @@ class _RMSNorm(Function):
 class _KernelRMSNorm(Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float, kernels: Kernels) -> Tensor:
-        out, inverse = kernels.rms_norm(x, weight, eps)
+        out, inverse = kernels.rms_norm(x, weight.float(), eps)
         ctx.save_for_backward(x, weight, inverse)
         ctx.kernels = kernels
         return out
@@ -167,7 +167,8 @@ class _KernelRMSNorm(Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None, None]:
-        return *ctx.kernels.rms_norm_backward(grad, *ctx.saved_tensors), None, None
+        x, weight, inverse = ctx.saved_tensors
+        return *ctx.kernels.rms_norm_backward(grad, x, weight.float(), inverse), None, None
 
 
 def swiglu(gate_up: Tensor, kernels: Kernels | None = None) -> Tensor:

@@ -170,11 +170,10 @@ class TorchSession(TrainSession):
             self._narrowed = narrow_blocks(self._decoder)
 
     def _use_kernels(self, given: Mapping[str, bool | int | float | str]) -> None:
-        """Use the compiled loops where they fit, and note which. They know float32 only."""
+        """Use the compiled loops where they fit, and note which. They compute in float32 only."""
         if self._device.type != "cpu":
             return
-        dtypes = {self._decoder.norm.dtype, self._decoder.compute_dtype}
-        fits = dtypes == {torch.float32} and not self._settings["compile"]
+        fits = self._decoder.compute_dtype == torch.float32 and not self._settings["compile"]
         kernels = choose_kernels(given.get("kernels", "auto")) if fits else None
         self._decoder.use(kernels)
         self._settings["kernels"] = KERNELS_OFF if kernels is None else kernels.digest

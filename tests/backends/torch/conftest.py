@@ -93,6 +93,7 @@ def make_session(tiny_config: ModelConfig) -> MakeSession:
     def make(
         model: ModelConfig = tiny_config,
         *,
+        kind: type[TorchSession] = TorchSession,
         micro_batch_size: int = 8,
         activation_checkpointing: bool = False,
         compute_dtype: Any = "float32",
@@ -103,6 +104,6 @@ def make_session(tiny_config: ModelConfig) -> MakeSession:
         table = OptimizerTable.model_validate({"name": "adamw", **optimizer})
         plan = Plan(micro_batch_size, activation_checkpointing, compute_dtype, 64, 8)
         options = SessionOptions(table, seed=seed, backend_options=backend_options or {})
-        return TorchSession(model, options, plan, torch.device("cpu"))
+        return kind(model, options, plan, torch.device("cpu"))
 
     return make

@@ -11,6 +11,7 @@ import pytest
 import torch
 from solollm_torch import kernels as module
 from solollm_torch.kernels import Kernels, Places, choose, load
+from solollm_torch.offload import StreamingSession
 from solollm_torch.session import TorchSession
 from torch import Tensor
 from torch.nn import functional
@@ -175,20 +176,27 @@ def random_batch(config: ModelConfig) -> Batch:
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize(
+    ("kind", "master"),
+    [(TorchSession, "float32"), (TorchSession, "split"), (StreamingSession, "split")],
+)
 def test_a_session_gives_the_gradients_it_gives_without_them(
     kernels: Kernels,
     tiny_config: ModelConfig,
     make_session: Callable[..., TorchSession],
+    kind: type[TorchSession],
+    master: str,
     checkpointing: bool,
 ) -> None:
-    """Guards the way they are put together, with documents, weights and ignored positions."""
+    """Guards the way they are put together, with documents, weights and ignored positions, and with
+    weights in bfloat16, which the loops do not know."""
     config = tiny_config.model_copy(update={"head_dim": 16})
     batch = random_batch(config)
     found = []
     for setting in (True, False):
         session = make_session(
-            config, micro_batch_size=2, activation_checkpointing=checkpointing,
-            backend_options={"kernels": setting},
+            config, kind=kind, micro_batch_size=2, activation_checkpointing=checkpointing,
+            backend_options={"kernels": setting, "master": master},
         )  # fmt: skip
         assert session.settings["kernels"] == (kernels.digest if setting else "off")
         found.append((session.probe_step(batch), session.gradients(batch)))
