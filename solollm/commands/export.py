@@ -19,6 +19,7 @@ Examples:
   solollm export runs/first --to hf --dtype bfloat16 --out exports/first
   solollm export runs/first --to mlx --bits 4 --dtype bfloat16 --out exports/first-4bit
   solollm export runs/tuned --to hf --merge --out exports/tuned
+  solollm export runs/first --to gguf --bits 8 --out exports/first-ollama
   solollm export runs/first/checkpoints/step-00001000 --to hf --out exports/step-1000
 """
 
@@ -26,15 +27,15 @@ Examples:
 @click.command("export", epilog=_EPILOG)
 @click.argument("source", type=click.Path(path_type=Path), metavar="RUN_OR_CHECKPOINT")
 @click.option(
-    "--to", "target", type=click.Choice(["hf", "mlx"]), required=True,
-    help="hf: transformers, vLLM and others; mlx: mlx-lm.",
+    "--to", "target", type=click.Choice(["hf", "mlx", "gguf"]), required=True,
+    help="hf: transformers, vLLM and others; mlx: mlx-lm; gguf: llama.cpp and Ollama.",
 )  # fmt: skip
 @click.option("--out", type=click.Path(path_type=Path), required=True, help="Folder to make.")
 @click.option(
     "--dtype", type=click.Choice(["float32", "bfloat16", "float16"]),
     help="Of the weights; default: as they are stored.",
 )  # fmt: skip
-@click.option("--bits", type=click.Choice(["4", "8"]), help="Quantise matrices; --to mlx only.")
+@click.option("--bits", type=click.Choice(["4", "8"]), help="Quantise matrices; not --to hf.")
 @click.option("--merge", is_flag=True, help="An adapter's run: base and adapter in one.")
 @click.option("--base", type=click.Path(path_type=Path), help="Its base, if it was moved.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON document instead.")
@@ -70,7 +71,7 @@ def _show(report: ExportReport) -> None:
     if report.plain_matrices:
         lines.append(
             f"{len(report.plain_matrices)} matrices stay {report.dtype}: their rows do not divide"
-            " into groups of 64"
+            f" into groups of {32 if report.target == 'gguf' else 64}"
         )
     for line in lines:
         console().print(line, markup=False, soft_wrap=True)

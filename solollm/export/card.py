@@ -18,7 +18,7 @@ from solollm.errors import SoloLLMError
 from solollm.model_folder import Origin
 from solollm.runs import Run
 
-_LIBRARIES = {"hf": "transformers", "mlx": "mlx"}
+_LIBRARIES = {"hf": "transformers", "mlx": "mlx", "gguf": "llama.cpp"}
 _USE = {
     "hf": """\
 ```python
@@ -36,6 +36,14 @@ from mlx_lm import generate, load
 
 model, tokenizer = load("FOLDER")
 print(generate(model, tokenizer, prompt="Once upon a time", max_tokens=50))
+```
+""",
+    "gguf": """\
+With llama.cpp, and with Ollama:
+
+```console
+$ llama-server -m FOLDER/FOLDER.gguf
+$ ollama create FOLDER -f FOLDER/Modelfile && ollama run FOLDER
 ```
 """,
 }

@@ -19,6 +19,7 @@ from solollm.completion import find_checkpoint
 from solollm.errors import ConfigError
 from solollm.export.adapter import export_mlx_lm_adapter
 from solollm.export.card import CardFacts, model_card, read_training
+from solollm.export.gguf import GgufLayout, write_gguf_folder
 from solollm.export.source import Source, open_source
 from solollm.model_folder import (
     CONFIG,
@@ -31,7 +32,7 @@ from solollm.rounding import DTYPE_NAMES, DTYPE_TAGS, common_dtype, rounded
 from solollm.strictfile import encode_json
 from solollm.tensorheader import Spec
 
-Target = Literal["hf", "mlx"]
+Target = Literal["hf", "mlx", "gguf"]
 QUANTIZED_BITS = (4, 8)
 GROUP_SIZE = 64
 
@@ -69,17 +70,19 @@ def export_model(
     is in PEFT's layout as it stands.
 
     Args:
-        target: "hf" for transformers, vLLM and others; "mlx" for mlx-lm.
+        target: "hf" for transformers, vLLM and others; "mlx" for mlx-lm; "gguf" for llama.cpp and
+            Ollama (`solollm.export.gguf`).
         dtype: of the weights; default: what they are stored in. Rounded to nearest, ties to even.
-        bits: 4 or 8, "mlx" only: matrices as affine codes in groups of 64, with the bits of
-            `mx.quantize`; `dtype` is then that of norms and scales.
+        bits: 4 or 8. "mlx": matrices as affine codes in groups of 64, with the bits of
+            `mx.quantize`; `dtype` is then that of norms and scales. "gguf": as Q4_0 (the head as
+            Q8_0) or Q8_0, in blocks of 32; norms stay float32.
         merge: an adapter's checkpoint as the whole model that it makes of its base, which was
             decoded from its codes first if it was quantised; `base`: the base's folder, if it is
             not where the run says.
 
     Raises:
         ConfigError: settings that do not go together, `out` is taken, no model at `source`, a
-            weight that does not fit `dtype`.
+            weight that does not fit `dtype`, a tokenizer that llama.cpp cannot have.
         IntegrityError: damaged files; nothing is written.
         StorageError: the disk is full or failing; nothing is left at `out`.
     """
@@ -91,16 +94,14 @@ def export_model(
             return _adapter_report(folder, out, notes, dtype=dtype, bits=bits)
     with open_source(source, merge=merge, base=base) as opened:
         tag = DTYPE_TAGS[dtype] if dtype else common_dtype(opened.dtypes)
-        layout = Layout.of(opened.model, tag, bits)
-        config = opened.model.to_hf(torch_dtype=DTYPE_NAMES[tag], **opened.token_ids)
-        files = {
-            CONFIG: encode_json(config | layout.config()),
-            GENERATION: encode_json(dict(opened.generation)),
-            **opened.tokenizer.files(),
-            "README.md": _card(opened, out.resolve().name, target, layout).encode(),
-        }
-        tensors = layout.tensors(opened.tensors)
-        num_bytes = write_model_folder(out, files, layout.specs(), tensors, shard_bytes=shard_bytes)
+        layout: Layout | GgufLayout = Layout.of(opened.model, tag, bits)
+        if target == "gguf":
+            layout = GgufLayout(opened.model, tag, bits)
+        card = _card(opened, out.resolve().name, target, layout.words()).encode()
+        if isinstance(layout, GgufLayout):
+            num_bytes = write_gguf_folder(opened, out, layout, {"README.md": card})
+        else:
+            num_bytes = _write_hf(opened, out, layout, card, shard_bytes=shard_bytes)
         return ExportReport(
             out=out,
             source=opened.path,
@@ -112,6 +113,19 @@ def export_model(
             plain_matrices=layout.plain_matrices(),
             notes=opened.notes,
         )
+
+
+def _write_hf(opened: Source, out: Path, layout: Layout, card: bytes, *, shard_bytes: int) -> int:
+    """Write the folder that transformers, vLLM and mlx-lm load; gives its size."""
+    config = opened.model.to_hf(torch_dtype=DTYPE_NAMES[layout.dtype], **opened.token_ids)
+    files = {
+        CONFIG: encode_json(config | layout.config()),
+        GENERATION: encode_json(dict(opened.generation)),
+        **opened.tokenizer.files(),
+        "README.md": card,
+    }
+    tensors = layout.tensors(opened.tensors)
+    return write_model_folder(out, files, layout.specs(), tensors, shard_bytes=shard_bytes)
 
 
 def _adapter_report(
@@ -164,6 +178,13 @@ class Layout(NamedTuple):
             else:
                 yield name, tensor
 
+    def words(self) -> str:
+        """What weights are stored as, for the model card."""
+        dtype = DTYPE_NAMES[self.dtype]
+        if self.bits is None:
+            return dtype
+        return f"{self.bits}-bit affine codes in groups of {GROUP_SIZE}; scales and norms {dtype}"
+
     def plain_matrices(self) -> tuple[str, ...]:
         """The matrices that are no codes although codes were asked for."""
         if self.bits is None:
@@ -205,31 +226,24 @@ def _part_names(name: str) -> tuple[str, str, str]:
 def _check_bits(target: Target, bits: int | None) -> None:
     if bits is None:
         return
-    if target != "mlx":
+    if target == "hf":
         raise ConfigError(
-            f"--bits {bits} goes with --to mlx only",
-            why="affine codes are mlx-lm's; transformers refuses such a folder",
-            fix="leave --bits out, or export --to mlx",
+            f"--bits {bits} goes with --to mlx and --to gguf only",
+            why="codes are theirs; transformers refuses such a folder",
+            fix="leave --bits out, or export --to mlx or gguf",
         )
     if bits not in QUANTIZED_BITS:
         raise ConfigError(f"--bits {bits} is not 4 or 8", fix="choose 4 or 8")
 
 
-def _card(source: Source, name: str, target: Target, layout: Layout) -> str:
+def _card(source: Source, name: str, target: Target, weights: str) -> str:
     return model_card(
         CardFacts(
             name=name,
             model=source.model,
             target=target,
-            weights=_weights_line(layout),
+            weights=weights,
             training=read_training(source.run, source.state),
             origin=source.origin,
         )
     )
-
-
-def _weights_line(layout: Layout) -> str:
-    dtype = DTYPE_NAMES[layout.dtype]
-    if layout.bits is None:
-        return dtype
-    return f"{layout.bits}-bit affine codes in groups of {GROUP_SIZE}; scales and norms {dtype}"

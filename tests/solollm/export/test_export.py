@@ -167,7 +167,7 @@ def test_an_export_can_be_exported_again(checkpoint: Path, tmp_path: Path) -> No
 @pytest.mark.parametrize(
     ("options", "problem"),
     [
-        ({"target": "hf", "bits": 4}, "--to mlx only"),
+        ({"target": "hf", "bits": 4}, "--to mlx and --to gguf only"),
         ({"target": "mlx", "bits": 3}, "not 4 or 8"),
     ],
 )
