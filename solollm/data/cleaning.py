@@ -44,7 +44,7 @@ def _refuse_defects(text: str) -> None:
     except UnicodeEncodeError as error:
         raise Defect("lone surrogate") from error
     places = np.flatnonzero(_combining()[code_points])
-    if (places[_MAX_MARKS:] - places[: places.size - _MAX_MARKS] == _MAX_MARKS).any():
+    if (places[_MAX_MARKS:] - places[:-_MAX_MARKS] == _MAX_MARKS).any():
         raise Defect("run of combining marks")
 
 

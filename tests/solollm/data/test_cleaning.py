@@ -57,3 +57,21 @@ def test_marks_without_end_are_refused_at_once() -> None:
     assert normalise("a" + "\u0323" * 30) == unicodedata.normalize("NFC", "a" + "\u0323" * 30)
     words = "e\u0301" * 1000
     assert normalise(words) == "\u00e9" * 1000
+
+
+@pytest.mark.parametrize("count", range(0, 65))
+def test_any_number_of_marks_that_stand_apart_is_text(count: int) -> None:
+    """A page of Hindi, Arabic or Hebrew with 16 to 29 of them ended the whole build."""
+    text = "क्ष " * count
+    assert normalise(text) == unicodedata.normalize("NFC", text)
+
+
+@pytest.mark.parametrize("count", range(28, 34))
+def test_where_a_run_of_marks_is_too_long(count: int) -> None:
+    """Guards the limit itself: 30 in a row are allowed, one more is not."""
+    text = "x" + "\u0323" * count + "y"
+    if count <= 30:
+        assert normalise(text) == unicodedata.normalize("NFC", text)
+    else:
+        with pytest.raises(Defect, match="combining"):
+            normalise(text)
