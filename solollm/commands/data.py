@@ -16,7 +16,9 @@ from solollm.commands.data_tuning import tuning
 if TYPE_CHECKING:
     from solollm.data.build import Progress
 
-_STAGES = {"reading": "Reading", "tokenizer": "Sampling", "encoding": "Encoding"}
+_STAGES = {
+    "reading": "Reading", "comparing": "Comparing", "tokenizer": "Sampling", "encoding": "Encoding",
+}  # fmt: skip
 _CORPUS = click.Path(exists=True, file_okay=False, path_type=Path)
 _JSON = click.option("--json", "as_json", is_flag=True, help="Print one JSON document instead.")
 _SPLIT = click.option(
@@ -25,6 +27,7 @@ _SPLIT = click.option(
 _BUILD_EXAMPLES = """\b
 Examples:
   solollm data build notes/ books/*.txt dump.jsonl.zst --out corpora/mine
+  solollm data build crawl/*.jsonl.zst --out corpora/web --near-duplicates 0.8
   solollm data build hf://roneneldan/TinyStories:train --out corpora/stories
   solollm data build python://stdlib --out corpora/python --split-rule sha1-mod20
 """
@@ -51,6 +54,11 @@ command.add_command(tuning)
     help="sha1-mod20: hold out texts whose SHA-1 is 0 modulo 20.",
 )  # fmt: skip
 @click.option(
+    "--near-duplicates", type=float, metavar="SHARE",
+    help="Also drop texts of which a kept one has this share of the runs of five words, such as"
+    " 0.8; default: equal texts alone.",
+)  # fmt: skip
+@click.option(
     "--text-field", "text_fields", multiple=True, default=("text", "content"), show_default=True,
     help="Where records keep their text; the first one found counts.",
 )  # fmt: skip
@@ -67,8 +75,8 @@ command.add_command(tuning)
 def build(
     *, sources: tuple[str, ...], out: Path, tokenizer: Path | None, vocab_size: int | None,
     validation_fraction: float, split_rule: Literal["hash", "sha1-mod20"],
-    text_fields: tuple[str, ...], max_document_chars: int, max_ratio: float, overwrite: bool,
-    as_json: bool,
+    near_duplicates: float | None, text_fields: tuple[str, ...], max_document_chars: int,
+    max_ratio: float, overwrite: bool, as_json: bool,
 ) -> None:  # fmt: skip
     """Read SOURCES, drop duplicates, tokenise, and write a corpus to train on.
 
@@ -88,7 +96,8 @@ def build(
         report = build_corpus(
             sources, out, tokenizer=Tokenizer.load(tokenizer) if tokenizer else None,
             vocab_size=vocab_size, validation_fraction=validation_fraction,
-            split_rule=split_rule, limits=limits, overwrite=overwrite, progress=progress,
+            split_rule=split_rule, near_duplicates=near_duplicates, limits=limits,
+            overwrite=overwrite, progress=progress,
         )  # fmt: skip
     if as_json:
         print_json({"corpus": str(out), **report.model_dump(mode="json")})

@@ -14,10 +14,18 @@ from pathlib import Path
 from typing import NamedTuple
 
 from solollm.data.cleaning import Defect, normalise
-from solollm.data.dedup import Spool, Spooled, Survey, text_digest
+from solollm.data.dedup import Spool, Spooled, SpooledTexts, Survey, text_digest
 from solollm.data.items import Broken, Document, Limits, excerpt
+from solollm.data.near_duplicates import NearDuplicate, find_near_duplicates
 from solollm.data.placement import check_out, swept
-from solollm.data.report import QUARANTINE_NAME, REPORT_NAME, CorpusReport, SplitReport, Tally
+from solollm.data.report import (
+    NEAR_DUPLICATES_NAME,
+    QUARANTINE_NAME,
+    REPORT_NAME,
+    CorpusReport,
+    SplitReport,
+    Tally,
+)
 from solollm.data.shards import (
     INDEX_NAME,
     SPLITS,
@@ -46,7 +54,8 @@ _QUARANTINE_BYTES = 2**18
 
 
 class Progress(NamedTuple):
-    """How far a stage (reading, tokenizer, encoding) is, in bytes of text; `total` if known."""
+    """How far a stage (reading, comparing, tokenizer, encoding) is, in bytes of text, of `total` if
+    that is known."""
 
     stage: str
     done: int
@@ -61,6 +70,7 @@ def build_corpus(
     vocab_size: int | None = None,
     validation_fraction: float = 0.02,
     split_rule: SplitRule = "hash",
+    near_duplicates: float | None = None,
     limits: Limits | None = None,
     overwrite: bool = False,
     progress: Callable[[Progress], None] | None = None,
@@ -74,6 +84,8 @@ def build_corpus(
             adding documents moves none. Where that misses the share by far, as with a handful of
             documents, the end of the longest one is held out instead.
         split_rule: "sha1-mod20" holds out texts whose SHA-1 is 0 modulo 20, whatever the fraction.
+        near_duplicates: also leave out texts of which a kept one shares this much (0.5 to 1; see
+            `solollm.data.near_duplicates`); None: equal texts alone.
         overwrite: replace a corpus that stands at `out`; anything else there is never touched.
 
     Raises:
@@ -90,12 +102,18 @@ def build_corpus(
             why="a ready tokenizer has its own vocabulary",
             fix="leave one of them out",
         )
+    if near_duplicates is not None and not 0.5 <= near_duplicates <= 1:
+        raise ConfigError(
+            f"near_duplicates is {near_duplicates:g}, not a share from 0.5 to 1",
+            why="texts that share less than half of their runs of words are different texts",
+            fix="0.8 leaves out what is nearly the same",
+        )
     check_out(out, names, overwrite=overwrite)
     with swept(out), staged_directory(out) as staging:
         build = _Build(
             names, staging, held_out=held_out, limits=limits or Limits(), progress=progress
         )
-        return build.run(tokenizer, vocab_size)
+        return build.run(tokenizer, vocab_size, near_duplicates)
 
 
 def default_vocab_size(text_bytes: int) -> int:
@@ -123,9 +141,13 @@ class _Build:
         (staging / "spool").mkdir()
         self._spool = Spool(staging / "spool")
 
-    def run(self, tokenizer: Tokenizer | None, vocab_size: int | None) -> CorpusReport:
+    def run(
+        self, tokenizer: Tokenizer | None, vocab_size: int | None, near: float | None
+    ) -> CorpusReport:
         with self._spool, _Quarantine(self._staging / QUARANTINE_NAME) as quarantine:
             self._read(quarantine)
+        if near is not None:
+            self._leave_out_near(near)
         survey = self._spool.survey()
         if not survey.documents:
             raise self._nothing_left()
@@ -176,6 +198,36 @@ class _Build:
         self._bytes_read += len(text)
         self._tell(Progress("reading", self._bytes_read, None))
         return None
+
+    def _leave_out_near(self, threshold: float) -> None:
+        """Near duplicates out of the spool, each with a line that says of what it is one."""
+        with self._spool.texts() as texts:
+            total, count = texts.text_bytes, len(texts)
+            found = find_near_duplicates(
+                _Texts(texts), threshold, self._staging / "spool",
+                tell=lambda done: self._tell(Progress("comparing", total * done // count, total)),
+            )  # fmt: skip
+            with create_file(self._staging / NEAR_DUPLICATES_NAME) as file:
+                for pair in found:
+                    file.write(self._near_line(texts, pair))
+        self._spool.leave_out(pair.text for pair in found)
+
+    def _near_line(self, texts: SpooledTexts, pair: NearDuplicate) -> bytes:
+        sources = self._tally.sources
+        text, like = texts[pair.text], texts[pair.like]
+        beginning = excerpt(text.text[:400].decode("utf-8", "ignore"))
+        detail = f"{pair.similarity:.2f} like one of {sources[like.source]}"
+        source = sources[text.source]
+        self._tally.dropped(source, "", "near duplicate", detail=detail, excerpt=beginning)
+        line = {
+            "similarity": round(pair.similarity, 4),
+            "source": source, "digest": text.digest.hex(), "beginning": beginning,
+            "like": {
+                "source": sources[like.source], "digest": like.digest.hex(),
+                "beginning": excerpt(like.text[:400].decode("utf-8", "ignore")),
+            },
+        }  # fmt: skip
+        return json.dumps(line, ensure_ascii=False).encode() + b"\n"
 
     def _nothing_left(self) -> DataError:
         lost = {
@@ -270,6 +322,19 @@ class _Build:
         )  # fmt: skip
         _write(self._staging / INDEX_NAME, encode_index(index))
         return index
+
+
+class _Texts:
+    """The texts alone."""
+
+    def __init__(self, spooled: SpooledTexts) -> None:
+        self._spooled = spooled
+
+    def __len__(self) -> int:
+        return len(self._spooled)
+
+    def __getitem__(self, number: int) -> str:
+        return self._spooled[number].text.decode()
 
 
 class _Quarantine:

@@ -11,8 +11,8 @@ from __future__ import annotations
 import hashlib
 import os
 import struct
-from collections.abc import Iterator
-from contextlib import ExitStack
+from collections.abc import Iterable, Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
@@ -69,6 +69,7 @@ class Spool:
         self._stack = ExitStack()
         self._recent: set[bytes] = set()
         self._dropped = 0
+        self._stays: np.ndarray | None = None  # bool [distinct texts]; None: all
 
     def __enter__(self) -> Spool:
         self._files = [self._stack.enter_context(create_file(path)) for path in self._paths]
@@ -114,22 +115,67 @@ class Spool:
     def documents(self) -> Iterator[Spooled]:
         """Distinct texts in the order of their digests. Of equal texts the first source counts."""
         for descriptor, entries, _ in self._buckets():
-            for entry in entries:
-                text = os.pread(descriptor, int(entry["length"]), int(entry["offset"]))
-                yield Spooled(_digest(entry), text, int(entry["source"]), bool(entry["validation"]))
+            yield from (_read(descriptor, entry) for entry in entries)
+
+    @contextmanager
+    def texts(self) -> Iterator[SpooledTexts]:
+        """All distinct texts by their number in that order, read from the disk as they are asked
+        for. Memory holds 33 bytes for each, until the end of the context."""
+        with ExitStack() as stack:
+            descriptors, tables = [], []
+            for path in self._paths:
+                descriptors.append(os.open(path, os.O_RDONLY))
+                stack.callback(os.close, descriptors[-1])
+                tables.append(_distinct(np.fromiter(_headers(descriptors[-1]), _ENTRY))[0])
+            yield SpooledTexts(descriptors, tables)
+
+    def leave_out(self, numbers: Iterable[int]) -> None:
+        """Give these of `texts` no more."""
+        with self.texts() as texts:
+            stays = np.ones(len(texts), bool)
+        stays[[*numbers]] = False
+        self._stays = stays
 
     def _buckets(self) -> Iterator[tuple[int, np.ndarray, int]]:
         """(open file, its distinct entries in order, the number of duplicates) per bucket."""
+        first = 0
         for path in self._paths:
             descriptor = os.open(path, os.O_RDONLY)
             try:
-                yield descriptor, *_distinct(np.fromiter(_headers(descriptor), _ENTRY))
+                entries, repeats = _distinct(np.fromiter(_headers(descriptor), _ENTRY))
+                stays = slice(None) if self._stays is None else self._stays[first:][: entries.size]
+                first += entries.size
+                yield descriptor, entries[stays], repeats
             finally:
                 os.close(descriptor)
 
     def _flush(self, number: int) -> None:
         self._files[number].write(self._buffers[number])
         self._buffers[number].clear()
+
+
+class SpooledTexts:
+    """What `Spool.texts` gives."""
+
+    def __init__(self, descriptors: list[int], tables: list[np.ndarray]) -> None:
+        self._descriptors, self._entries = descriptors, np.concatenate(tables)
+        self._stops = np.cumsum([table.size for table in tables])
+
+    @property
+    def text_bytes(self) -> int:
+        return int(self._entries["length"].sum())
+
+    def __len__(self) -> int:
+        return self._entries.size
+
+    def __getitem__(self, number: int) -> Spooled:
+        bucket = int(np.searchsorted(self._stops, number, side="right"))
+        return _read(self._descriptors[bucket], self._entries[number])
+
+
+def _read(descriptor: int, entry: np.void) -> Spooled:
+    text = os.pread(descriptor, int(entry["length"]), int(entry["offset"]))
+    return Spooled(_digest(entry), text, int(entry["source"]), bool(entry["validation"]))
 
 
 def _distinct(entries: np.ndarray) -> tuple[np.ndarray, int]:

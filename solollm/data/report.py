@@ -18,6 +18,7 @@ from solollm.errors import ConfigError, IntegrityError
 
 REPORT_NAME = "report.json"
 QUARANTINE_NAME = "quarantine.jsonl"
+NEAR_DUPLICATES_NAME = "near_duplicates.jsonl"
 _MAX_EXAMPLES = 5
 _MAX_SOURCES = 20
 _MAX_LONGEST = 5
@@ -117,7 +118,7 @@ class Tally:
     def __init__(self, sources: Sequence[str]) -> None:
         self.items = 0
         self.text_bytes = 0
-        self._sources = sources
+        self.sources = sources
         self._by_source = [[0, 0] for _ in sources]
         self._causes: dict[str, dict[str, tuple[int, list[Example]]]] = {
             "dropped": {}, "broken": {}, "passed_over": {},
@@ -137,15 +138,18 @@ class Tally:
         )
         self._leave("broken", item.reason, example)
 
-    def dropped(self, source: str, place: str, reason: str) -> None:
-        self._leave("dropped", reason, Example(source=source, place=place))
+    def dropped(
+        self, source: str, place: str, reason: str, *, detail: str = "", excerpt: str = ""
+    ) -> None:
+        example = Example(source=source, place=place, detail=detail, excerpt=excerpt)
+        self._leave("dropped", reason, example)
 
     def kept(self, text: bytes, source: int) -> None:
         counts = self._by_source[source]
         counts[0] += 1
         counts[1] += len(text)
         self.text_bytes += len(text)
-        entry = (len(text), excerpt(text[:400].decode("utf-8", "ignore")), self._sources[source])
+        entry = (len(text), excerpt(text[:400].decode("utf-8", "ignore")), self.sources[source])
         if len(self._longest) < _MAX_LONGEST:
             heapq.heappush(self._longest, entry)
         elif entry > self._longest[0]:
@@ -168,7 +172,7 @@ class Tally:
         """The report; `rest` gives the fields that the tally does not know."""
         by_source = [
             SourceReport(source=source, documents=documents, text_bytes=text_bytes)
-            for source, (documents, text_bytes) in zip(self._sources, self._by_source, strict=True)
+            for source, (documents, text_bytes) in zip(self.sources, self._by_source, strict=True)
         ]
         by_source.sort(key=lambda entry: (-entry.text_bytes, entry.source))
         return CorpusReport(

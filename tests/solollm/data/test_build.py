@@ -271,9 +271,11 @@ class _FullDisk(durable.Disk):
         return super().write(fd, data)
 
 
+@pytest.mark.parametrize("near", [None, 0.8])
 def test_a_full_disk_at_any_write_leaves_the_old_corpus(
-    library: Path, tmp_path: Path, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
-) -> None:
+    near: float | None, library: Path, tmp_path: Path, tokenizer: Tokenizer,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
     """Guards against half a corpus under the final name, and against garbage left beside it."""
     out = tmp_path / "corpora" / "corpus"
     fingerprint = build_corpus([library], out, tokenizer=tokenizer).fingerprint
@@ -281,12 +283,13 @@ def test_a_full_disk_at_any_write_leaves_the_old_corpus(
     extra.write_text("one more")
     counting = _FullDisk(10**9)
     monkeypatch.setattr(durable, "DISK", counting)
-    build_corpus([library, extra], tmp_path / "other", tokenizer=tokenizer)
+    sources = [library, extra]
+    build_corpus(sources, tmp_path / "other", tokenizer=tokenizer, near_duplicates=near)
     assert counting.writes > 20
     for last in range(0, counting.writes, 7):
         monkeypatch.setattr(durable, "DISK", _FullDisk(last))
         with pytest.raises(StorageError, match="No space left"):
-            build_corpus([library, extra], out, tokenizer=tokenizer, overwrite=True)
+            build_corpus(sources, out, tokenizer=tokenizer, near_duplicates=near, overwrite=True)
         assert verify_corpus(out).fingerprint == fingerprint
         assert [path.name for path in out.parent.iterdir()] == ["corpus"]
 
@@ -326,16 +329,22 @@ def test_a_tokenizer_is_trained_on_the_training_split_only(
     assert [default_vocab_size(n) for n in (1, 10**8, 10**9)] == [2048, 8192, 32_768]
 
 
-def test_progress_rises_through_the_stages(library: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("near", [None, 0.8])
+def test_progress_rises_through_the_stages(
+    near: float | None, library: Path, tmp_path: Path
+) -> None:
     """Guards the bar of long builds: each stage in turn, never backwards, ending at its total."""
     told: list[Progress] = []
-    build_corpus([library], tmp_path / "c", vocab_size=300, progress=told.append)
+    build_corpus(
+        [library], tmp_path / "c", vocab_size=300, near_duplicates=near, progress=told.append
+    )
     stages = list(dict.fromkeys(state.stage for state in told))
-    assert stages == ["reading", "tokenizer", "encoding"]
+    comparing = [] if near is None else ["comparing"]
+    assert stages == ["reading", *comparing, "tokenizer", "encoding"]
     for stage in stages:
-        done = [state.done for state in told if state.stage == stage]
-        assert done == sorted(done)
-    assert told[-1].done == told[-1].total
+        of_stage = [state for state in told if state.stage == stage]
+        assert [s.done for s in of_stage] == sorted(s.done for s in of_stage)
+        assert stage not in (*comparing, "encoding") or of_stage[-1].done == of_stage[-1].total
 
 
 def test_views_show_what_is_stored(library: Path, tmp_path: Path, tokenizer: Tokenizer) -> None:
