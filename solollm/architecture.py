@@ -24,7 +24,7 @@ Init = Literal["normal", "zeros", "ones"]
 class RopeScaling(BaseModel):
     """Llama 3 frequency scaling (as in `transformers`, `rope_type="llama3"`)."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     factor: float = Field(8.0, ge=1.0)
     low_freq_factor: float = Field(1.0, gt=0.0)

@@ -20,7 +20,7 @@ from solollm.errors import ConfigError, nearest
 
 
 class _Table(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
 
 class ModelTable(_Table):

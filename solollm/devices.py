@@ -186,7 +186,8 @@ def device(name: str, *, host_bytes: int = 0) -> Device:
     table = {entry.name: entry for entry in device_table()}
     found = table.get(wanted)
     if found is None:
-        sized = [n for n in table if n.rpartition("-")[0] == wanted and table[n].kind == "apple"]
+        with_sizes = [n for n in table if n in _DATACENTRE or table[n].kind == "apple"]
+        sized = [n for n in with_sizes if n.rpartition("-")[0] == wanted]
         found = table[sized[-1]] if sized else None
     if found is None:
         raise ConfigError(

@@ -23,7 +23,8 @@ from solollm.planner import plan
 
 DEFAULT_DEPTH = 4
 _LARGEST_DEPTH = 32
-_PROBE_SECONDS = 3.0
+_PROBE_SECONDS, _PROBE_STEPS = 3.0, 3  # at the least, both
+_PATIENCE = 20.0  # seconds after which fewer steps must do
 _TRAINING_SHARE = 0.95  # of the hours; the rest is evaluations, samples, saves and start-up
 
 # (session, rows, seq_len) -> for a while, a function that takes a step of that shape at an lr.
@@ -106,16 +107,23 @@ def resolve_shape(config: RunConfig, model: ModelConfig) -> Shape:
     return Shape(model, seq_len, rows, config.optimizer.lr or dial.lr)
 
 
-def resolve(config: RunConfig, shape: Shape, backend: Backend, rehearse: Rehearse) -> RunConfig:
-    """`config` with the shape and the number of steps filled in. Measures this machine for some
-    seconds only where the horizon is given in hours."""
+def resolve(
+    config: RunConfig,
+    shape: Shape,
+    backend: Backend,
+    rehearse: Rehearse,
+    *,
+    step_seconds: float | None = None,
+) -> RunConfig:
+    """`config` with the shape and the number of steps filled in. Measures some steps only where the
+    horizon is given in hours and `step_seconds` is not known."""
     table = config.train
     if table.steps is not None:
         steps = table.steps
     elif table.tokens is not None:
         steps = math.ceil(table.tokens / shape.tokens_per_step)
     elif table.hours is not None:
-        seconds = seconds_per_step(shape, config, backend, rehearse)
+        seconds = step_seconds or seconds_per_step(shape, config, backend, rehearse)
         steps = int(table.hours * 3600 * _TRAINING_SHARE / seconds)
     else:
         steps = shape.dial_steps
@@ -127,8 +135,9 @@ def resolve(config: RunConfig, shape: Shape, backend: Backend, rehearse: Rehears
 
 def deepest_shape(
     config: RunConfig, vocab_size: int, backend: Backend, rehearse: Rehearse
-) -> Shape:
-    """The shape of `--hours` alone: the deepest model whose own horizon fits into that time here.
+) -> tuple[Shape, float | None]:
+    """The shape of `--hours` alone: the deepest model whose own horizon fits into that time here;
+    and the seconds of its step, if it has been measured.
 
     The speed is measured at depth 4, and once more at the depth that this speed promises, since a
     larger model uses the machine better.
@@ -140,16 +149,17 @@ def deepest_shape(
         table = config.model.model_copy(update={"depth": depth})
         return resolve_shape(config, resolve_model(table, vocab_size))
 
-    depth = DEFAULT_DEPTH
+    depth, measured = DEFAULT_DEPTH, {}
     for _ in range(2):
-        speed = at(depth).flops_per_step / seconds_per_step(at(depth), config, backend, rehearse)
+        measured[depth] = seconds_per_step(at(depth), config, backend, rehearse)
+        speed = at(depth).flops_per_step / measured[depth]
         depth = _LARGEST_DEPTH
         while depth > 1 and (
             at(depth).flops_per_step * at(depth).dial_steps > budget * speed
             or not _fits(at(depth), config, backend)
         ):
             depth -= 1
-    return at(depth)
+    return at(depth), measured.get(depth)
 
 
 def seconds_per_step(
@@ -164,11 +174,11 @@ def seconds_per_step(
     session = backend.train_session(shape.model, options, plan_of(shape, config, backend))
     with closing(session), rehearse(session, shape.batch_size, shape.seq_len) as step:
         step(shape.lr)  # the first one compiles and allocates
-        count, begun = 0, time.monotonic()
-        while count < 3 or time.monotonic() - begun < _PROBE_SECONDS:
+        count, passed, begun = 0, 0.0, time.monotonic()
+        while passed < (_PROBE_SECONDS if count >= _PROBE_STEPS else _PATIENCE):
             step(shape.lr)
-            count += 1
-        seconds = (time.monotonic() - begun) / count
+            count, passed = count + 1, time.monotonic() - begun
+        seconds = passed / count
         return backend.ranks().largest(seconds)[0]
 
 

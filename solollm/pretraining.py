@@ -191,13 +191,14 @@ def prepare(
     named = config.model.preset or config.model.depth or config.model.config
     is_fixed = config.model.config is not None  # a foreign model's rows may be as many as it likes
     vocab_size = tokenizer.vocab_size if is_fixed else tokenizer.padded_vocab_size
+    step_seconds = None
     if weights is not None:
         shape = resolve_shape(config, weights.model_for(config.model))
     elif config.train.hours is not None and not named:
-        shape = deepest_shape(config, vocab_size, chosen, rehearse)
+        shape, step_seconds = deepest_shape(config, vocab_size, chosen, rehearse)
     else:
         shape = resolve_shape(config, resolve_model(config.model, vocab_size))
-    config = resolve(config, shape, chosen, rehearse)
+    config = resolve(config, shape, chosen, rehearse, step_seconds=step_seconds)
     plan = plan_of(shape, config, chosen)
     return Preparation(settled(config, chosen, plan), selected, plan, tokenizer, weights)
 

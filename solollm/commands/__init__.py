@@ -7,8 +7,11 @@ is opened.
 from __future__ import annotations
 
 import json
+import math
 import os
 from typing import TYPE_CHECKING, Any
+
+import click
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -20,6 +23,18 @@ def console(*, stderr: bool = False) -> Console:
 
     plain = bool(os.environ.get("NO_COLOR"))
     return Console(stderr=stderr, highlight=False, color_system=None if plain else "auto")
+
+
+class Number(click.FloatRange):
+    """A float within bounds, which "nan" and "inf" are not."""
+
+    def convert(
+        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
+    ) -> float:
+        number = float(super().convert(value, param, ctx))
+        if not math.isfinite(number):
+            self.fail(f"{number} is no number to count with.", param, ctx)
+        return number
 
 
 def print_json(value: Any) -> None:

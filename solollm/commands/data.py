@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Literal
 
 import click
 
-from solollm.commands import console, print_json
+from solollm.commands import Number, console, print_json
 from solollm.commands.data_tuning import tuning
 
 if TYPE_CHECKING:
@@ -47,14 +47,14 @@ command.add_command(tuning)
 @click.option("--tokenizer", type=_CORPUS, help="Folder of a tokenizer; default: train one.")
 @click.option("--vocab-size", type=int, help="Of the tokenizer to train; default: by text size.")
 @click.option(
-    "--validation-fraction", type=float, default=0.02, show_default=True, help="Share held out."
+    "--validation-fraction", type=Number(), default=0.02, show_default=True, help="Share held out."
 )
 @click.option(
     "--split-rule", type=click.Choice(["hash", "sha1-mod20"]), default="hash", show_default=True,
     help="sha1-mod20: hold out texts whose SHA-1 is 0 modulo 20.",
 )  # fmt: skip
 @click.option(
-    "--near-duplicates", type=float, metavar="SHARE",
+    "--near-duplicates", type=Number(), metavar="SHARE",
     help="Also drop texts of which a kept one has this share of the runs of five words, such as"
     " 0.8; default: equal texts alone.",
 )  # fmt: skip
@@ -67,7 +67,7 @@ command.add_command(tuning)
     help="Longer texts are split.",
 )  # fmt: skip
 @click.option(
-    "--max-ratio", type=float, default=200.0, show_default=True,
+    "--max-ratio", type=Number(), default=200.0, show_default=True,
     help="Decompressed bytes per byte of a .gz or .zst file, after the first 16 MiB.",
 )  # fmt: skip
 @click.option("--overwrite", is_flag=True, help="Replace a corpus that stands at --out.")

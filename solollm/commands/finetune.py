@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from solollm.commands import console, print_json
-from solollm.commands.pretrain import say, show_result, sink_for
+from solollm.commands import Number, console, print_json
+from solollm.commands.pretrain import say, say_measuring, show_result, sink_for
 
 if TYPE_CHECKING:
     from solollm.finetune.check import Findings
@@ -46,7 +46,9 @@ _SHOWN_SAMPLES, _SHOWN_PROBLEMS = 3, 20
 @click.option("--run", type=click.Path(path_type=Path), help="Folder of the new run.")
 @click.option("--method", type=click.Choice(["full", "lora", "qlora"]), help="Default: lora.")
 @click.option("--rank", type=int, help="Of the adapter; default 16.")
-@click.option("--epochs", type=float, help="Passes over the data; default 1.")
+@click.option(
+    "--epochs", type=Number(min=0, min_open=True), help="Passes over the data; default 1."
+)
 @click.option("--template", type=click.Path(), help="Jinja chat template; default: the base's.")
 @click.option("--config", "config_path", type=click.Path(path_type=Path), help=".toml or .yaml")
 @click.option("--set", "overrides", multiple=True, metavar="TABLE.KEY=VALUE", help="Any setting.")
@@ -83,6 +85,7 @@ def command(
     prepared = prepare_tuning(config)
     if not as_json:
         show_findings(prepared.findings)
+    say_measuring(config, as_json=as_json)
     result = start(prepared, run, backend=backend, sinks=[sink_for(as_json=as_json)])
     if not as_json:
         show_result(result)

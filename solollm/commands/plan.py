@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from solollm.commands import console, print_json
+from solollm.commands import Number, console, print_json
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -39,16 +39,20 @@ _SHORTCUTS = {
 @click.command("plan", epilog=_EPILOG)
 @click.argument("config_path", metavar="[CONFIG]", type=click.Path(path_type=Path), required=False)
 @click.option("--device", default="this", show_default=True, help="rtx-4090, m4-max-64, h200, ...")
-@click.option("--host-memory", type=float, help="GiB beside the card; default 64, or what is here.")
+@click.option(
+    "--host-memory", type=Number(min=0), help="GiB beside the card; default 64, or what is here."
+)
 @click.option("--preset", help="Model by name: 15m, 125m, 350m, 1.3b, 2.7b, 7b.")
 @click.option("--depth", type=int, help="Model by one number, its layers.")
-@click.option("--hours", type=float, help="How long; alone it also chooses the model.")
-@click.option("--tokens", type=float, help="How many tokens to train on.")
+@click.option(
+    "--hours", type=Number(min=0, min_open=True), help="How long; alone it also chooses the model."
+)
+@click.option("--tokens", type=Number(min=1), help="How many tokens to train on.")
 @click.option("--corpus", type=click.Path(), help="A built corpus, for its vocabulary.")
 @click.option("--calibrate", type=int, default=0, metavar="N", help="Measure N steps here first.")
 @click.option("--largest", is_flag=True, help="The largest model that the memory holds.")
 @click.option("--compare", is_flag=True, help="The same training on every device known.")
-@click.option("--price", type=float, help="Of a kilowatt-hour; default 0.30.")
+@click.option("--price", type=Number(min=0), help="Of a kilowatt-hour; default 0.30.")
 @click.option("--set", "overrides", multiple=True, metavar="TABLE.KEY=VALUE", help="Any setting.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON document instead.")
 def command(

@@ -8,10 +8,11 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from solollm.commands import console, print_json
+from solollm.commands import Number, console, print_json
 from solollm.commands.supervised import is_supervised, supervise, supervised_option
 
 if TYPE_CHECKING:
+    from solollm.config import RunConfig
     from solollm.pretraining import Preparation
     from solollm.run_log import Sink
     from solollm.workload import TrainResult
@@ -40,7 +41,9 @@ _SHORTCUTS = {
 @click.option("--corpus", type=click.Path(), help="Folder that `solollm data build` made.")
 @click.option("--preset", help="Model by name: 15m, 125m, 350m, 1.3b, 2.7b, 7b.")
 @click.option("--depth", type=int, help="Model by one number, its layers; the default is 4.")
-@click.option("--hours", type=float, help="How long; alone it also chooses the model.")
+@click.option(
+    "--hours", type=Number(min=0, min_open=True), help="How long; alone it also chooses the model."
+)
 @click.option("--init-from", type=click.Path(), help="Checkpoint whose weights to start from.")
 @click.option("--config", "config_path", type=click.Path(path_type=Path), help=".toml or .yaml")
 @click.option("--set", "overrides", multiple=True, metavar="TABLE.KEY=VALUE", help="Any setting.")
@@ -66,6 +69,8 @@ def command(
         if value is not None
     ]
     config = load_config(config_path, [*given, *overrides])
+    if dry_run or not is_supervised(supervised):
+        say_measuring(config, as_json=as_json)
     if dry_run:
         show_preparation(prepare(config, backend=backend), as_json=as_json)
         return
@@ -95,6 +100,15 @@ def sink_for(*, as_json: bool) -> Sink:
 def say(text: str) -> None:
     """Print a line as it is: no markup, no line breaks of the terminal's width."""
     console().print(text, markup=False, soft_wrap=True)
+
+
+def say_measuring(config: RunConfig, *, as_json: bool) -> None:
+    """Say, on standard error, what takes a while before a run of some hours begins."""
+    table = config.train
+    if table.hours is None or table.steps is not None or table.tokens is not None or as_json:
+        return
+    text = f"measuring steps on this machine, to know what fits into {table.hours:g} hours"
+    console(stderr=True).print(text, markup=False, soft_wrap=True)
 
 
 def show_result(result: TrainResult) -> None:

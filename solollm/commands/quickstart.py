@@ -13,7 +13,7 @@ from rich.rule import Rule
 from rich.table import Table
 from rich.text import Text
 
-from solollm.commands import console
+from solollm.commands import Number, console
 
 
 def free_folder(wanted: Path) -> Path:
@@ -75,7 +75,7 @@ class TerminalNarrator:
 @click.option("--backend", default="auto", show_default=True, help="auto, or a backend's name.")
 @click.option(
     "--training-seconds",
-    type=click.FloatRange(min=1),
+    type=Number(min=1),
     default=None,
     help="How long the training part takes. Default: so that all ends within six minutes.",
 )

@@ -36,6 +36,8 @@ def test_every_row_can_be_planned_with() -> None:
         ("m4_max-64", "m4-max-64"),
         ("m4-max", "m4-max-128"),
         ("m3-ultra", "m3-ultra-512"),
+        ("h100", "h100-80"),
+        ("A100", "a100-80"),
     ],
 )
 def test_a_device_is_found_by_the_names_people_type(asked: str, found: str) -> None:
@@ -48,6 +50,8 @@ def test_an_unknown_device_names_the_nearest() -> None:
     with pytest.raises(ConfigError) as caught:
         device("rtx-4009")
     assert "rtx-4090" in str(caught.value)
+    with pytest.raises(ConfigError, match="no device 'rtx'"):  # whose number is no size
+        device("rtx")
 
 
 def test_host_memory_belongs_to_cards_only() -> None:

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any, NoReturn
 
 import numpy as np
@@ -116,7 +119,8 @@ def test_hours_alone_choose_the_deepest_model_that_gets_its_tokens(
     monkeypatch.setattr(horizon, "seconds_per_step", measured)
     monkeypatch.setattr(horizon, "plan_of", lambda *arguments: None)
     config = parse_config({"train": {"hours": 8.0}})
-    shape = deepest_shape(config, VOCAB, None, no_steps)  # type: ignore[arg-type]
+    shape, seconds = deepest_shape(config, VOCAB, None, no_steps)  # type: ignore[arg-type]
+    assert seconds in (None, measured(shape))
     budget = 8 * 3600 * 0.95 * speed
     assert shape.flops_per_step * shape.dial_steps <= budget
     deeper = resolve_shape(config, from_depth(shape.model.num_hidden_layers + 1, VOCAB))
@@ -133,8 +137,47 @@ def test_hours_alone_stay_within_memory(monkeypatch: pytest.MonkeyPatch) -> None
     monkeypatch.setattr(horizon, "plan_of", fits)
     monkeypatch.setattr(horizon, "seconds_per_step", lambda *arguments: 1e-6)
     config = parse_config({"train": {"hours": 8.0}})
-    shape = deepest_shape(config, VOCAB, None, no_steps)  # type: ignore[arg-type]
-    assert shape.model.num_hidden_layers == 5
+    shape, seconds = deepest_shape(config, VOCAB, None, no_steps)  # type: ignore[arg-type]
+    assert (shape.model.num_hidden_layers, seconds) == (5, 1e-6)
+
+
+@pytest.mark.parametrize(
+    ("step_seconds", "expected"),
+    [(0.01, 300), (0.9, 4), (2.0, 3), (8.0, 3), (15.0, 2), (140.0, 1)],
+)
+def test_long_steps_are_measured_less_often(
+    monkeypatch: pytest.MonkeyPatch, step_seconds: float, expected: int
+) -> None:
+    """A model for 50 days on a processor takes minutes a step; four of them said nothing more."""
+    clock, taken = [0.0], []
+
+    @contextmanager
+    def steps(*_: object) -> Iterator[Callable[[float], object]]:
+        def step(lr: float) -> None:
+            clock[0] += step_seconds
+            taken.append(lr)
+
+        yield step
+
+    class Timed(ToyBackend):
+        def train_session(self, *_: object) -> Any:
+            return SimpleNamespace(close=lambda: None)
+
+    monkeypatch.setattr(horizon.time, "monotonic", lambda: clock[0])
+    monkeypatch.setattr(horizon, "plan_of", lambda *_: None)
+    config = parse_config({"model": {"depth": 1}})
+    shape = resolve_shape(config, resolve_model(config.model, 64))
+    found = horizon.seconds_per_step(shape, config, Timed(), steps)
+    assert found == pytest.approx(step_seconds)
+    assert len(taken) - 1 == pytest.approx(expected, abs=1)  # without the one that warms up
+
+
+def test_what_was_measured_is_not_measured_again() -> None:
+    """`--hours` took three measurements of half a minute where two were enough."""
+    config = parse_config({"model": {"depth": 2}, "train": {"hours": 1.0}})
+    shape = resolve_shape(config, resolve_model(config.model, VOCAB))
+    found = resolve(config, shape, None, no_steps, step_seconds=2.0)  # type: ignore[arg-type]
+    assert found.train.steps == int(3600 * 0.95 / 2)
 
 
 def test_seconds_per_step_are_those_of_real_steps(monkeypatch: pytest.MonkeyPatch) -> None:
