@@ -13,7 +13,7 @@ from pathlib import Path
 
 from solollm.backend import StepMetrics, TrainSession
 from solollm.checkpoint import Checkpoint, latest_checkpoint
-from solollm.errors import SoloLLMError
+from solollm.errors import SoloLLMError, quoted
 from solollm.run_log import RunLog, finite
 from solollm.runs import Run
 
@@ -91,7 +91,7 @@ class BrokenSteps:
                 " is not finite either",
                 why="the weights or the numerics are broken; another batch does not mend them",
                 fix=f"go on from {checkpoint.path} with a lower optimizer.lr:"
-                f" `solollm pretrain --init-from {checkpoint.path}`",
+                f" `solollm pretrain --init-from {quoted(checkpoint.path)}`",
             )
         session.import_parameters(checkpoint.parameters())
         session.import_optimizer(checkpoint.optimizer(), checkpoint.state.session_state)

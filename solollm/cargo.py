@@ -37,7 +37,7 @@ from solollm.data.shards import (
     verify_corpus,
 )
 from solollm.environments import Recorded, environment_of, lineage_entry
-from solollm.errors import ConfigError, IntegrityError
+from solollm.errors import ConfigError, IntegrityError, quoted
 from solollm.finetune.objectives import give_references
 from solollm.finetune.samples import sample_files
 from solollm.horizon import updated
@@ -111,7 +111,7 @@ def _chosen(run: Run, step: int | None) -> Checkpoint:
         if not path.is_dir():
             raise ConfigError(
                 f"{run.path} has no checkpoint of step {step}",
-                fix=f"`solollm runs show {run.path}` lists them",
+                fix=f"`solollm runs show {quoted(run.path)}` lists them",
             )
         return open_checkpoint(path)
     checkpoint, damaged = latest_checkpoint(run.checkpoints)

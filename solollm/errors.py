@@ -19,6 +19,7 @@ raises; only `solollm.commands` prints and exits. `assert` is for our own bugs.
 from __future__ import annotations
 
 import difflib
+import shlex
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 
@@ -110,6 +111,11 @@ class StoppedBySignal(Stopped):
     def __init__(self, what: str, *, signal_number: int, fix: str = "") -> None:
         super().__init__(what, fix=fix)
         self.exit_code = 128 + signal_number
+
+
+def quoted(path: object) -> str:
+    """A path as a shell takes it, for commands that a message tells to type."""
+    return shlex.quote(str(path))
 
 
 def nearest(name: str, valid: Iterable[str]) -> str:

@@ -31,7 +31,7 @@ from solollm.data.sources import standard_library_sources
 from solollm.data.stream import open_stream
 from solollm.dial import from_depth
 from solollm.durable import replace_file
-from solollm.errors import ConfigError, DataError, IntegrityError, SoloLLMError
+from solollm.errors import ConfigError, DataError, IntegrityError, SoloLLMError, quoted
 from solollm.generation import generate
 from solollm.hardware import read_machine
 from solollm.horizon import Shape, plain_steps, seconds_per_step
@@ -275,7 +275,7 @@ def _resume(narrator: Narrator, folder: Path, run: Path) -> _Proof:
         raise SoloLLMError(
             f"the resumed training ended with exit code {child.returncode}",
             why="its own message stands above",
-            fix=f"`solollm resume {run}` tries again",
+            fix=f"`solollm resume {quoted(run)}` tries again",
         )
     kept = _certificate(evidence / newest.name)
     tensors = {**kept["parameters"], **kept["optimizer"]}

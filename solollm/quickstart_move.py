@@ -19,7 +19,7 @@ from typing import NamedTuple
 from solollm.checkpoint import list_checkpoints
 from solollm.continuation import tolerance_between
 from solollm.environments import Recorded
-from solollm.errors import IntegrityError, SoloLLMError
+from solollm.errors import IntegrityError, SoloLLMError, quoted
 from solollm.packing import pack, unpack
 from solollm.registry import find_backends
 from solollm.runs import Run
@@ -124,7 +124,7 @@ def _go_on(narrator: Narrator, run: Path, backend: str, *, stop_after: int | Non
         raise SoloLLMError(
             f"the moved run ended with exit code {child.returncode} on `{backend}`",
             why="its own message stands above",
-            fix=f"`solollm resume {run} --backend {backend}` tries again",
+            fix=f"`solollm resume {quoted(run)} --backend {backend}` tries again",
         )
 
 

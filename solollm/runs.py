@@ -25,7 +25,7 @@ from typing import Any, Literal, NamedTuple
 from solollm import durable
 from solollm.checkpoint import list_checkpoints
 from solollm.config import RunConfig, dump_config, parse_config
-from solollm.errors import ConfigError, IntegrityError, SoloLLMError
+from solollm.errors import ConfigError, IntegrityError, SoloLLMError, quoted
 from solollm.runlock import lock_file, read_holder
 from solollm.strictfile import encode_json, parse_json, read_bytes, refused
 
@@ -54,7 +54,7 @@ class Run:
             raise ConfigError(
                 f"{path} holds a run already",
                 why="a new run never writes over another",
-                fix=f"`solollm resume {path}` goes on with it; or choose another name",
+                fix=f"`solollm resume {quoted(path)}` goes on with it; or choose another name",
             )
         durable.make_directory(path / "checkpoints")
         durable.replace_file(path / _CONFIG, dump_config(config).encode())

@@ -13,7 +13,7 @@ from solollm.adapters import BASE, AdapterOptions, codec_of
 from solollm.architecture import ModelConfig
 from solollm.backend import Backend, TensorSource, TrainSession
 from solollm.config import ModelTable
-from solollm.errors import ConfigError, IntegrityError
+from solollm.errors import ConfigError, IntegrityError, quoted
 from solollm.frozen_base import (
     BaseRecord,
     BaseSource,
@@ -60,7 +60,7 @@ def read_starting_weights(folder: Path, tokenizer: Tokenizer) -> StartingWeights
         raise ConfigError(
             f"{folder} holds an adapter, not a whole model",
             why="a run starts from whole weights",
-            fix=f"solollm export {folder} --to hf --merge --out models/NAME, then that",
+            fix=f"solollm export {quoted(folder)} --to hf --merge --out models/NAME, then that",
         )
     if not config_path.is_file():
         raise ConfigError(

@@ -23,7 +23,7 @@ from types import FrameType, TracebackType
 from typing import Any, Literal
 
 from solollm.checkpoint import list_checkpoints
-from solollm.errors import BackendError, Stopped
+from solollm.errors import BackendError, Stopped, quoted
 from solollm.host import this_host
 from solollm.run_log import Row
 from solollm.runs import Run
@@ -86,7 +86,8 @@ class Supervisor:
                 f"the trainer has failed {failures} times since its last checkpoint"
                 f" ({cause.replace('_', ' ')}, {ending})",
                 why="its own messages stand above, and in events.jsonl",
-                fix=f"`solollm doctor` looks at the machine; `solollm resume {self._path}` goes on",
+                fix="`solollm doctor` looks at the machine;"
+                f" `solollm resume {quoted(self._path)}` goes on",
             )
         if cause in ("memory", "memory_pressure") and self._exists():
             self._memory = self._less_memory(cause, ending)

@@ -22,7 +22,7 @@ from solollm.checkpoint import DataPosition, TrainerState
 from solollm.checkpoint_writer import CheckpointAttendant, CheckpointWriter
 from solollm.continuation import dry_run, promise
 from solollm.data.stream import Prefetch
-from solollm.errors import Stopped, StoppedBySignal
+from solollm.errors import Stopped, StoppedBySignal, quoted
 from solollm.held_out import HeldOut, bits_per_byte, held_out_loss, samples
 from solollm.run_log import RunLog, Sink, finite
 from solollm.runs import Run
@@ -325,7 +325,7 @@ class Trainer:
         raise Stopped(
             f"stopped for {cause.replace('_', ' ')} after step {self._progress.step} of"
             f" {self._total_steps}; saved",
-            fix=f"{STOP_FIXES[cause]}, then `solollm resume {self._run.path}` goes on",
+            fix=f"{STOP_FIXES[cause]}, then `solollm resume {quoted(self._run.path)}` goes on",
         )
 
     def _stop(self, signal_number: int) -> None:
@@ -335,7 +335,7 @@ class Trainer:
         raise StoppedBySignal(
             f"stopped by {name} after step {self._progress.step} of {self._total_steps}; saved",
             signal_number=signal_number,
-            fix=f"`solollm resume {self._run.path}` goes on",
+            fix=f"`solollm resume {quoted(self._run.path)}` goes on",
         )
 
     def _save_for_a_stop(self) -> None:

@@ -12,6 +12,7 @@ import click
 
 from solollm.commands import Number, console, print_json
 from solollm.commands.data_tuning import tuning
+from solollm.errors import quoted
 
 if TYPE_CHECKING:
     from solollm.data.build import Progress
@@ -103,7 +104,8 @@ def build(
         print_json({"corpus": str(out), **report.model_dump(mode="json")})
         return
     _print(render_report(report))
-    _print(f"\nwritten to {out}; next:\nsolollm pretrain --corpus {out} --run runs/{out.name}")
+    run = quoted(f"runs/{out.name}")
+    _print(f"\nwritten to {out}; next:\nsolollm pretrain --corpus {quoted(out)} --run {run}")
 
 
 @command.command("report", epilog="\b\nExample:\n  solollm data report corpora/mine --verify")

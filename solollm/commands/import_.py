@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import click
 
 from solollm.commands import console, print_json
-from solollm.errors import ConfigError
+from solollm.errors import ConfigError, quoted
 
 if TYPE_CHECKING:
     from solollm.backend import ComputeDType
@@ -103,13 +103,14 @@ def _show(report: ImportReport) -> None:
     from solollm.planner import format_bytes
 
     model, out = report.model, report.out
+    folder = quoted(out)
     lines = [
         *report.notes,
         f"written to {out}: {report.num_parameters:,} parameters in {model.num_hidden_layers}"
         f" layers, {report.vocab_size:,} tokens, {report.dtype}, {format_bytes(report.num_bytes)}",
-        f'next     solollm generate {out} "Once upon a time"',
-        f"         solollm data build SOURCES --tokenizer {out} --out corpora/NAME",
-        f"         solollm pretrain --corpus corpora/NAME --init-from {out} --run runs/NAME",
+        f'next     solollm generate {folder} "Once upon a time"',
+        f"         solollm data build SOURCES --tokenizer {folder} --out corpora/NAME",
+        f"         solollm pretrain --corpus corpora/NAME --init-from {folder} --run runs/NAME",
     ]
     for line in lines:
         console().print(line, markup=False, soft_wrap=True)

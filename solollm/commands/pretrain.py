@@ -10,6 +10,7 @@ import click
 
 from solollm.commands import Number, console, print_json
 from solollm.commands.supervised import is_supervised, supervise, supervised_option
+from solollm.errors import quoted
 
 if TYPE_CHECKING:
     from solollm.config import RunConfig
@@ -122,7 +123,8 @@ def show_result(result: TrainResult) -> None:
     say(f"weights  {result.checkpoint}")
     say(f"curves   {result.run / 'report.html'}")
     is_tuned = Run.open(result.run).config.finetune is not None
-    told = f"chat {result.run}" if is_tuned else f'generate {result.run} "Once upon a time"'
+    run = quoted(result.run)
+    told = f"chat {run}" if is_tuned else f'generate {run} "Once upon a time"'
     say(f"next     solollm {told}")
 
 

@@ -10,6 +10,7 @@ import click
 
 from solollm.commands import console, print_json
 from solollm.commands.pretrain import say
+from solollm.errors import quoted
 
 if TYPE_CHECKING:
     from solollm.packing import Packed
@@ -166,7 +167,7 @@ def pack_command(
         say(f"left behind: {reason}")
     say(f"packed step {packed.step}, {_beside(run, packed)}: {packed.num_files} files,")
     say(f"  {format_bytes(packed.archive_bytes)} in {archive}")
-    say(f"there: solollm runs unpack {archive.name} FOLDER")
+    say(f"there: solollm runs unpack {quoted(archive.name)} FOLDER")
 
 
 @command.command("unpack", epilog=_UNPACK)
@@ -188,7 +189,7 @@ def unpack_command(archive: Path, folder: Path, as_json: bool) -> None:
     for place in unpacked.missing:
         kind = "base" if place.parent.name == "models" else "corpus"
         say(f"its {kind} is not here: put it at {place}, or resume with --{kind}")
-    say(f"go on from step {unpacked.step}: solollm resume {unpacked.run}")
+    say(f"go on from step {unpacked.step}: solollm resume {quoted(unpacked.run)}")
 
 
 _PUSH = """\b
@@ -237,7 +238,7 @@ def push_command(
         say(f"left behind: {reason}")
     say(f"step {pushed.step} is on {pushed.host}, every byte proven: {pushed.sent_files} of")
     say(f"  {pushed.num_files} files were sent, {format_bytes(pushed.sent_bytes)}")
-    say(f"there: solollm resume {pushed.run}")
+    say(f"there: solollm resume {quoted(pushed.run)}")
 
 
 def _beside(run: Path, packed: Packed) -> str:

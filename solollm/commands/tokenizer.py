@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import click
 
 from solollm.commands import console, print_json
+from solollm.errors import quoted
 
 if TYPE_CHECKING:
     from solollm.tokenizer_inspection import TokenizerReport
@@ -60,7 +61,8 @@ def train(
     _show(report, out, as_json=as_json)
     if not as_json:
         console().print(
-            f"\nwritten to {out}; next: solollm data build SOURCES --tokenizer {out} --out CORPUS",
+            f"\nwritten to {out}; next:"
+            f" solollm data build SOURCES --tokenizer {quoted(out)} --out CORPUS",
             markup=False, soft_wrap=True,
         )  # fmt: skip
 

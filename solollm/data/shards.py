@@ -28,7 +28,7 @@ import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from solollm.durable import DurableFile, create_file
-from solollm.errors import ConfigError, IntegrityError
+from solollm.errors import ConfigError, IntegrityError, quoted
 
 Split = Literal["train", "validation"]
 SPLITS: tuple[Split, ...] = get_args(Split)
@@ -118,7 +118,7 @@ def read_index(corpus: Path) -> CorpusIndex:
         raise ConfigError(
             f"{corpus} is not a built corpus",
             why=f"{INDEX_NAME} cannot be read: {error.strerror}",
-            fix=f"build one with `solollm data build SOURCES --out {corpus}`",
+            fix=f"build one with `solollm data build SOURCES --out {quoted(corpus)}`",
         ) from error
     try:
         index = CorpusIndex.model_validate_json(raw)

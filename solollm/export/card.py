@@ -5,6 +5,7 @@ Every line comes from the checkpoint and its run's own record; what is not recor
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -39,11 +40,11 @@ print(generate(model, tokenizer, prompt="Once upon a time", max_tokens=50))
 ```
 """,
     "gguf": """\
-With llama.cpp, and with Ollama:
+In this folder, with llama.cpp or with Ollama:
 
 ```console
-$ llama-server -m FOLDER/FOLDER.gguf
-$ ollama create FOLDER -f FOLDER/Modelfile && ollama run FOLDER
+$ llama-server -m STEM.gguf
+$ ollama create STEM -f Modelfile && ollama run STEM
 ```
 """,
 }
@@ -105,8 +106,13 @@ def model_card(facts: CardFacts) -> str:
             "## Training\n" + _table(_training_rows(facts.training)),
             "## Evaluation\n" + _evaluation(facts.training.held_out),
         ]
-    parts += ["## Use\n" + _USE[facts.target].replace("FOLDER", facts.name), _LIMITS]
-    return "\n".join(parts)
+    use = _USE[facts.target].replace("FOLDER", facts.name).replace("STEM", file_stem(facts.name))
+    return "\n".join([*parts, "## Use\n" + use, _LIMITS])
+
+
+def file_stem(name: str) -> str:
+    """A model's name as one word that shells, llama.cpp and Ollama take."""
+    return re.sub(r"[^A-Za-z0-9._-]+", "-", name).strip("-.") or "model"
 
 
 def _introduction(facts: CardFacts) -> str:

@@ -20,6 +20,7 @@ import numpy as np
 from solollm.architecture import ModelConfig, ParameterSpec, RopeScaling, parameter_table
 from solollm.backend import DType, TensorSource
 from solollm.errors import ConfigError
+from solollm.export.card import file_stem
 from solollm.export.gguf_vocabulary import vocabulary_metadata
 from solollm.export.source import Source
 from solollm.gguf_codec import BLOCK, BLOCK_BYTES, quantize
@@ -141,13 +142,14 @@ def write_gguf_folder(
             fix="export --to hf or mlx",
         )
     name, tensors = out.resolve().name, layout.tensors()
+    stem = file_stem(name)
     metadata = _metadata(name, layout) | vocabulary_metadata(
         source.tokenizer, layout.model.vocab_size
     )
-    files = {**files, "Modelfile": _modelfile(name, source.tokenizer, layout.model).encode()}
+    files = {**files, "Modelfile": _modelfile(stem, source.tokenizer, layout.model).encode()}
     with new_folder(out, files, expected_bytes=gguf_bytes(metadata, tensors)) as folder:
         data = layout.data(source.tensors)
-        write_gguf(folder / f"{name}.gguf", metadata, tensors, data)
+        write_gguf(folder / f"{stem}.gguf", metadata, tensors, data)
         return folder_bytes(folder)
 
 
@@ -190,11 +192,11 @@ def _metadata(name: str, layout: GgufLayout) -> dict[str, Value]:
     }
 
 
-def _modelfile(name: str, tokenizer: Tokenizer, model: ModelConfig) -> str:
+def _modelfile(stem: str, tokenizer: Tokenizer, model: ModelConfig) -> str:
     own = tokenizer.has_chat_template and tokenizer.chat_template.is_own
     texts = sorted(tokenizer.token_bytes(i).decode() for i in tokenizer.stop_ids)
     return _MODELFILE.format(
-        name=name,
+        name=stem,
         template=_OWN_TEMPLATE if own else _NO_TEMPLATE,
         context=model.max_position_embeddings,
         stops="".join(f'PARAMETER stop "{text}"\n' for text in texts),

@@ -14,7 +14,7 @@ from solollm.backend import TensorSource
 from solollm.bases import find_base, is_adapter
 from solollm.checkpoint import TrainerState, check_parameters, open_checkpoint
 from solollm.completion import find_checkpoint
-from solollm.errors import ConfigError, IntegrityError
+from solollm.errors import ConfigError, IntegrityError, quoted
 from solollm.manifest import MANIFEST
 from solollm.model_folder import (
     CONFIG,
@@ -136,7 +136,8 @@ def _require_own_layout(weights: Weights, model: ModelConfig, folder: Path) -> N
     try:
         check_parameters(weights, model)
     except IntegrityError as error:
-        fix = f"if it is another program's: solollm import {folder} --out models/NAME, then that"
+        command = f"solollm import {quoted(folder)} --out models/NAME"
+        fix = f"if it is another program's: {command}, then that"
         raise IntegrityError(error.what, why=error.why, fix=fix) from error
 
 

@@ -15,7 +15,7 @@ from solollm import durable
 from solollm.architecture import ModelConfig
 from solollm.completion import find_checkpoint
 from solollm.config import FinetuneTable, RunConfig, load_config
-from solollm.errors import ConfigError
+from solollm.errors import ConfigError, quoted
 from solollm.finetune.check import Findings, examine
 from solollm.finetune.dataset import (
     Reading,
@@ -82,7 +82,7 @@ def start(
         raise ConfigError(
             f"{run} holds a run already",
             why="a new run never writes over another",
-            fix=f"`solollm resume {run}` goes on with it; or choose another name",
+            fix=f"`solollm resume {quoted(run)}` goes on with it; or choose another name",
         )
     durable.make_directory(run)
     prepared.samples.save(run / "data")

@@ -16,7 +16,7 @@ import httpx
 
 from solollm.completion import TextSide
 from solollm.engine_input import read_model_config
-from solollm.errors import ConfigError, nearest
+from solollm.errors import ConfigError, nearest, quoted
 from solollm.hardware import nvidia_gpus
 from solollm.serving.built_in import BuiltInEngine
 from solollm.serving.limits import Limits
@@ -109,8 +109,8 @@ def make_engine(
     if base != side.checkpoint:
         raise ConfigError(
             f"vLLM serves no adapter's run as a model of its own: {side.checkpoint}",
-            fix=f"solollm serve {base} --adapter NAME={side.checkpoint}, or merge it:"
-            " solollm export --to hf --merge",
+            fix=f"solollm serve {quoted(base)} --adapter NAME={quoted(side.checkpoint)},"
+            " or merge it: solollm export --to hf --merge",
         )
     if choice.kind == "attached":
         client = httpx.AsyncClient(

@@ -20,7 +20,7 @@ from pathlib import Path
 
 import httpx
 
-from solollm.errors import BackendError, ConfigError
+from solollm.errors import BackendError, ConfigError, quoted
 
 _START_SECONDS = 900.0  # compiling kernels for a card takes minutes
 _POLL_SECONDS = 0.25
@@ -226,7 +226,7 @@ def _rank(adapter: Path) -> int:
         raise ConfigError(
             f"{adapter} is no adapter in PEFT's layout, which vLLM reads",
             why=f"{path.name}: {error!r}",
-            fix=f"solollm import {adapter} --base MODEL --out FOLDER makes one of mlx-lm's",
+            fix=f"solollm import {quoted(adapter)} --base MODEL --out FOLDER makes one of mlx-lm's",
         ) from error
 
 

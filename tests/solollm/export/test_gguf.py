@@ -305,8 +305,22 @@ def test_ollamas_recipe(checkpoint: Path, tmp_path: Path) -> None:
     assert {'PARAMETER stop "<|end|>"', 'PARAMETER stop "<|eos|>"'} <= set(lines)
     assert any(line.startswith('TEMPLATE """{{- range .Messages }}') for line in lines)
     card = (tmp_path / "poet" / "README.md").read_text()
-    assert "llama-server -m poet/poet.gguf" in card
+    assert "llama-server -m poet.gguf" in card
     assert "8-bit codes in blocks of 32 (Q8_0); norms float32" in card
+
+
+@pytest.mark.parametrize("model_variant", ["qk norm, tied"], indirect=True)
+@pytest.mark.parametrize(
+    ("folder", "stem"), [("my poet", "my-poet"), ("läuft (2)", "l-uft-2"), ("日本", "model")]
+)
+def test_the_files_name_is_one_word(
+    folder: str, stem: str, checkpoint: Path, tmp_path: Path
+) -> None:
+    """`FROM ./my poet.gguf` and `ollama create my poet` are other commands."""
+    export_model(checkpoint, tmp_path / folder, target="gguf")
+    assert (tmp_path / folder / f"{stem}.gguf").is_file()
+    assert f"FROM ./{stem}.gguf\n" in (tmp_path / folder / "Modelfile").read_text()
+    assert f"ollama create {stem} -f" in (tmp_path / folder / "README.md").read_text()
 
 
 @pytest.mark.parametrize("model_variant", ["qk norm, llama3 scaling, untied"], indirect=True)
