@@ -34,7 +34,7 @@ def vocabulary_metadata(tokenizer: Tokenizer, num_rows: int) -> dict[str, Value]
     pairs = content["model"]["merges"]
     metadata: dict[str, Value] = {
         "tokenizer.ggml.model": "gpt2",
-        "tokenizer.ggml.pre": _split_name(content["pre_tokenizer"]),
+        "tokenizer.ggml.pre": _split_name(content),
         "tokenizer.ggml.tokens": tokens,
         "tokenizer.ggml.token_type": kinds,
         "tokenizer.ggml.merges": [p if isinstance(p, str) else " ".join(p) for p in pairs],
@@ -70,13 +70,16 @@ def _tokens(content: bytes, num_rows: int) -> tuple[list[str], list[int]]:
     return tokens, kinds
 
 
-def _split_name(pre_tokenizer: Mapping[str, Any]) -> str:
+def _split_name(content: Mapping[str, Any]) -> str:
+    """llama.cpp's name for how a tokenizer.json splits texts."""
+    pre_tokenizer = content["pre_tokenizer"]
     is_list = pre_tokenizer["type"] == "Sequence"
     *before, last = pre_tokenizer["pretokenizers"] if is_list else [pre_tokenizer]
     name = None
     if not last.get("add_prefix_space"):
         name = _name_of(before, splits_itself=bool(last.get("use_regex", True)))
-    if name is None:
+    # A whole word of the vocabulary without its merges: there only Llama 3's way has it.
+    if name is None or (content["model"].get("ignore_merges") and name != "llama-bpe"):
         raise ConfigError(
             "this tokenizer splits texts in a way that llama.cpp has no name for",
             why="under another name it would give other ids for the same text",

@@ -230,6 +230,7 @@ def changed(tokenizer: Tokenizer, pre_tokenizer: Any, **config: Any) -> dict[str
     """The tokenizer's files with another way of splitting."""
     files = tokenizer.files()
     content = json.loads(files["tokenizer.json"]) | {"pre_tokenizer": pre_tokenizer}
+    content["model"]["ignore_merges"] = config.pop("ignore_merges", False)
     settings = json.loads(files["tokenizer_config.json"]) | config
     return files | {
         "tokenizer.json": json.dumps(content).encode(),
@@ -247,6 +248,7 @@ BYTE_LEVEL = {
     "type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True,
 }  # fmt: skip
 DIGITS = {"type": "Digits", "individual_digits": False}
+OWN = {"type": "Sequence", "pretokenizers": [DIGITS | {"individual_digits": True}, BYTE_LEVEL]}
 
 
 @pytest.mark.parametrize("model_variant", ["theta, untied"], indirect=True)
@@ -280,6 +282,21 @@ def test_ways_of_splitting(
     found = values(read(tmp_path / "out"))
     assert found["tokenizer.ggml.pre"] == name
     assert found["tokenizer.ggml.add_bos_token"] is False
+
+
+@pytest.mark.parametrize("model_variant", ["theta, untied"], indirect=True)
+def test_words_without_merges_belong_to_llama_3(
+    checkpoint: Path, small_tokenizer: Tokenizer, tmp_path: Path
+) -> None:
+    """`ignore_merges` gives a word of the vocabulary its one id; under any name but Llama 3's
+    llama.cpp merges it from letters."""
+    for name, how in (("own", OWN), ("llama", split(LLAMA3_PATTERN))):
+        export_model(checkpoint, tmp_path / name, target="hf")
+        for file, content in changed(small_tokenizer, how, ignore_merges=True).items():
+            (tmp_path / name / file).write_bytes(content)
+    export_model(tmp_path / "llama", tmp_path / "out", target="gguf")
+    with pytest.raises(ConfigError, match=r"llama\.cpp has no name for"):
+        export_model(tmp_path / "own", tmp_path / "other", target="gguf")
 
 
 def test_a_template_without_its_marks_renders_the_same() -> None:
