@@ -21,7 +21,7 @@ from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 from torch.nn.functional import scaled_dot_product_attention
 
-from solollm_torch.kernels import Kernels, Places
+from solollm_torch.kernels import Kernels, Places, Turns
 from solollm_torch.ops import Rotary
 from solollm_torch.packed_attention import block_mask, flex, varlen_attention
 
@@ -116,18 +116,12 @@ def attend(q: Tensor, k: Tensor, v: Tensor, segments: Segments | None) -> Tensor
     return attended
 
 
-class _How(NamedTuple):
-    rotary: Rotary
-    places: Places
-    kernels: Kernels
-
-
 def attend_fused(
     qkv: Tensor, num_heads: int, rotary: Rotary, segments: Segments | None, *, kernels: Kernels
 ) -> Tensor:
     """Rotation and attention of qkv [B, T, H + 2 K, D] at once: [B, T, H, D].
 
-    The caller gives `qkv` away: it is rotated in place. No mask: `segments` holds documents.
+    No mask: `segments` holds documents.
     """
     rows, length = qkv.shape[:2]
     if segments is None:
@@ -139,29 +133,25 @@ def attend_fused(
             for row in range(first, last)
         ]
     longest = max(size for _, size in documents)
-    how = _How(rotary, Places(torch.tensor(documents), longest), kernels)
-    attended: Tensor = _Fused.apply(qkv, num_heads, how)  # type: ignore[no-untyped-call]
+    places = Places(torch.tensor(documents), longest)
+    turns = Turns(rotary.cos.contiguous(), rotary.sin.contiguous(), places)
+    attended: Tensor = _Fused.apply(qkv, num_heads, turns, kernels)  # type: ignore[no-untyped-call]
     return attended
 
 
 class _Fused(Function):
     @staticmethod
-    def forward(ctx: Any, qkv: Tensor, num_heads: int, how: _How) -> Tensor:
-        qkv, (rotary, places, kernels) = qkv.detach(), how
-        ctx.num_rotated = (qkv.shape[2] + num_heads) // 2  # query and key heads
-        kernels.rotate_(qkv, ctx.num_rotated, rotary.cos, rotary.sin, sign=1.0)
-        out, log_sum = kernels.attention(qkv, num_heads, places)
+    def forward(ctx: Any, qkv: Tensor, num_heads: int, turns: Turns, kernels: Kernels) -> Tensor:
+        out, log_sum = kernels.attention(qkv, num_heads, turns)
         ctx.save_for_backward(qkv, log_sum)
-        ctx.how = how
+        ctx.turns, ctx.kernels = turns, kernels
         return out
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
-        rotary, places, kernels = ctx.how
-        grad_qkv = kernels.attention_backward(grad, *ctx.saved_tensors, places)
-        kernels.rotate_(grad_qkv, ctx.num_rotated, rotary.cos, rotary.sin, sign=-1.0)
-        return grad_qkv, None, None
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
+        grad_qkv = ctx.kernels.attention_backward(grad, *ctx.saved_tensors, ctx.turns)
+        return grad_qkv, None, None, None
 
 
 class _PerDocument(Function):

@@ -1,4 +1,4 @@
-"""The C loops of `kernels.c`, compiled for this processor at first use, called with tensors.
+"""The C loops of `kernels.c` and `attention.c`, compiled for this processor at first use.
 
 PyTorch's eager operations make one pass over memory each; on a processor a training step spends a
 fifth of its time in them and in attention. Each function here is one pass, float32 on the CPU. Who
@@ -32,7 +32,8 @@ from torch import Tensor
 from solollm.errors import ConfigError
 from solollm_torch.native import built, version_of
 
-SOURCE = Path(__file__).with_name("kernels.c")
+SOURCES = tuple(Path(__file__).with_name(name) for name in ("kernels.c", "attention.c"))
+HEADERS = (Path(__file__).with_name("small_products.h"),)
 # Without -ffast-math: NaN and infinity must stay what they are, for a bad step to be seen.
 FLAGS = (
     "-O3", "-march=native", "-fopenmp", "-fno-math-errno", "-fno-trapping-math",
@@ -48,6 +49,14 @@ class Places(NamedTuple):
 
     documents: Tensor
     longest: int
+
+
+class Turns(NamedTuple):
+    """Documents, and tables [T, D/2] of the rotation of position t of a row."""
+
+    cos: Tensor
+    sin: Tensor
+    places: Places
 
 
 class Kernels:
@@ -87,14 +96,6 @@ class Kernels:
         self._call("swiglu_backward", grad, gate_up, grad_both, *_rows(grad))
         return grad_both
 
-    def rotate_(
-        self, qkv: Tensor, num_rotated: int, cos: Tensor, sin: Tensor, *, sign: float
-    ) -> None:
-        """Rotate the first heads of [B, T, heads, D] in place by tables [T, D/2]; -1 turns back."""
-        batch, length, heads, dim = qkv.shape
-        sizes = (batch * length, length, heads, num_rotated, dim)
-        self._call("rotate", qkv, cos, sin, *sizes, ctypes.c_float(sign))
-
     def cross_entropy_(self, logits: Tensor, labels: Tensor, scale: Tensor) -> Tensor:
         """-log p(label) [n]; logits [n, V] become the gradient of sum(scale * that)."""
         nll = logits.new_empty(len(logits))
@@ -106,24 +107,24 @@ class Kernels:
         `pairs` [256, 2] the levels of each byte."""
         self._call("decode_nf4", codes, pairs, scales, out, len(scales))
 
-    def attention(self, qkv: Tensor, num_heads: int, places: Places) -> tuple[Tensor, Tensor]:
-        """Causal attention of rotated qkv [B, T, H + 2 K, D]: [B, T, H, D], and log-sums
+    def attention(self, qkv: Tensor, num_heads: int, turns: Turns) -> tuple[Tensor, Tensor]:
+        """Rotation and causal attention of qkv [B, T, H + 2 K, D]: [B, T, H, D], and log-sums
         [B, T, H]."""
-        batch, length, total, dim = qkv.shape
+        batch, length, _, dim = qkv.shape
         out = qkv.new_empty(batch, length, num_heads, dim)
         log_sum = qkv.new_empty(batch, length, num_heads)
-        sizes = (len(places.documents), places.longest, num_heads, (total - num_heads) // 2, dim)
-        self._call("attention", qkv, out, log_sum, places.documents, *sizes)
+        places, sizes = turns.places, _sizes(qkv, num_heads, turns.places)
+        tensors = (qkv, turns.cos, turns.sin, out, log_sum, places.documents)
+        self._call("attention", *tensors, *sizes)
         return out, log_sum
 
     def attention_backward(
-        self, grad: Tensor, qkv: Tensor, log_sum: Tensor, places: Places
+        self, grad: Tensor, qkv: Tensor, log_sum: Tensor, turns: Turns
     ) -> Tensor:
-        """The gradient of qkv of grad [B, T, H, D]."""
-        grad, (_, _, total, dim) = grad.contiguous(), qkv.shape
-        num_heads, grad_qkv = grad.shape[2], torch.empty_like(qkv)
-        sizes = (len(places.documents), places.longest, num_heads, (total - num_heads) // 2, dim)
-        tensors = (grad, qkv, log_sum, grad_qkv, places.documents)
+        """The gradient of qkv, as it was before the rotation, of grad [B, T, H, D]."""
+        grad, grad_qkv = grad.contiguous(), torch.empty_like(qkv)
+        places, sizes = turns.places, _sizes(qkv, grad.shape[2], turns.places)
+        tensors = (grad, qkv, turns.cos, turns.sin, log_sum, grad_qkv, places.documents)
         self._call("attention_backward", *tensors, *sizes)
         return grad_qkv
 
@@ -138,6 +139,13 @@ def _argument(value: Tensor | int | ctypes.c_float) -> object:
         assert value.is_contiguous(), "a kernel reads plain rows"
         return ctypes.c_void_p(value.data_ptr())
     return ctypes.c_int64(value) if isinstance(value, int) else value
+
+
+def _sizes(qkv: Tensor, num_heads: int, places: Places) -> tuple[int, ...]:
+    """Documents and the longest of them, then T, H, K and D."""
+    _, length, total, dim = qkv.shape
+    kv_heads = (total - num_heads) // 2
+    return len(places.documents), places.longest, length, num_heads, kv_heads, dim
 
 
 def _rows(x: Tensor) -> tuple[int, int]:
@@ -175,7 +183,7 @@ def load() -> tuple[Kernels | None, str]:
         return None, "there is no C compiler `cc`"
     digest = _digest(compiler)
     try:
-        command = (compiler, *FLAGS, "-shared", "-fPIC", str(SOURCE), "-lm")
+        command = (compiler, *FLAGS, "-shared", "-fPIC", *map(str, SOURCES), "-lm")
         library = ctypes.CDLL(str(built(command, digest)))
     except (OSError, subprocess.SubprocessError) as error:
         return None, f"{compiler} did not build them: {error}"
@@ -184,7 +192,8 @@ def load() -> tuple[Kernels | None, str]:
 
 def _digest(compiler: str) -> str:
     """12 hexadecimal digits of all that decides the machine code."""
-    parts = (SOURCE.read_bytes(), version_of(compiler), repr(FLAGS).encode(), _processor().encode())
+    sources = [path.read_bytes() for path in (*SOURCES, *HEADERS)]
+    parts = (*sources, version_of(compiler), repr(FLAGS).encode(), _processor().encode())
     return hashlib.sha256(b"\0".join(parts)).hexdigest()[:12]
 
 

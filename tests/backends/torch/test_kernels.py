@@ -10,8 +10,9 @@ import numpy as np
 import pytest
 import torch
 from solollm_torch import kernels as module
-from solollm_torch.kernels import Kernels, Places, choose, load
+from solollm_torch.kernels import Kernels, Places, Turns, choose, load
 from solollm_torch.offload import StreamingSession
+from solollm_torch.ops import Rotary, rotate
 from solollm_torch.session import TorchSession
 from torch import Tensor
 from torch.nn import functional
@@ -41,6 +42,13 @@ def assert_close(actual: Tensor, expected: Tensor, tolerance: float = 3e-6) -> N
     np.testing.assert_allclose(
         actual.numpy(), expected.detach().numpy(), rtol=0, atol=tolerance * scale
     )
+
+
+def turned(length: int, dim: int, places: list[tuple[int, int]]) -> Turns:
+    """Random angles for rows of `length` positions, and documents at `places`."""
+    angle = 3 * randn(length, dim // 2, seed=7)
+    longest = max(size for _, size in places)
+    return Turns(angle.cos(), angle.sin(), Places(torch.tensor(places), longest))
 
 
 @pytest.mark.parametrize("shape", [(1, 16), (3, 7, 33), (50, 384)])
@@ -90,8 +98,8 @@ def test_cross_entropy_equals_pytorch(kernels: Kernels) -> None:
 @pytest.mark.parametrize("heads", [(3, 3), (4, 2), (4, 1)])
 @pytest.mark.parametrize("dim", [16, 64])
 def test_attention_equals_pytorch(kernels: Kernels, heads: tuple[int, int], dim: int) -> None:
-    """Guards every length around the sizes of its blocks, shared keys, and the borders between
-    documents, in both directions."""
+    """Guards every length around the sizes of its blocks, shared keys, the borders between
+    documents, and that each position is turned by its place in its row, in both directions."""
     num_heads, kv_heads = heads
     length = sum(LENGTHS)
     qkv = randn(2, length, num_heads + 2 * kv_heads, dim)
@@ -99,9 +107,12 @@ def test_attention_equals_pytorch(kernels: Kernels, heads: tuple[int, int], dim:
     starts = np.cumsum([0, *LENGTHS[:-1]])
     places = [(int(start), size) for start, size in zip(starts, LENGTHS, strict=True)]
     places.append((length, length))  # the second row is one document
-    documents = Places(torch.tensor(places), length)
+    turns = turned(length, dim, places)
     wide = qkv.double().requires_grad_()
-    flat, parts = wide.flatten(0, 1), []
+    rotated = rotate(
+        wide[:, :, : num_heads + kv_heads], Rotary(turns.cos.double(), turns.sin.double())
+    )
+    flat, parts = torch.cat((rotated, wide[:, :, num_heads + kv_heads :]), 2).flatten(0, 1), []
     for start, size in places:
         q, k, v = (
             part.transpose(0, 1)
@@ -113,22 +124,11 @@ def test_attention_equals_pytorch(kernels: Kernels, heads: tuple[int, int], dim:
         parts.append(attended[0].transpose(0, 1))
     expected = torch.cat(parts).view(grad.shape)
     expected.backward(grad.double())
-    out, log_sum = kernels.attention(qkv, num_heads, documents)
-    grad_qkv = kernels.attention_backward(grad, qkv, log_sum, documents)
+    out, log_sum = kernels.attention(qkv, num_heads, turns)
+    grad_qkv = kernels.attention_backward(grad, qkv, log_sum, turns)
     assert wide.grad is not None
     assert_close(out, expected)
     assert_close(grad_qkv, wide.grad)
-
-
-def test_rotating_back_undoes_it(kernels: Kernels) -> None:
-    """Guards the sign of backward, and that values stay where they are."""
-    qkv, angle = randn(2, 5, 4, 8), randn(5, 4, seed=1)
-    turned = qkv.clone()
-    kernels.rotate_(turned, 3, angle.cos(), angle.sin(), sign=1.0)
-    assert torch.equal(turned[:, :, 3], qkv[:, :, 3])
-    assert not torch.allclose(turned[:, :, :3], qkv[:, :, :3], atol=0.1)
-    kernels.rotate_(turned, 3, angle.cos(), angle.sin(), sign=-1.0)
-    assert_close(turned, qkv)
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
@@ -142,23 +142,39 @@ def test_what_is_not_finite_stays_so(kernels: Kernels, bad: float) -> None:
     assert not torch.isfinite(kernels.cross_entropy_(logits, torch.tensor([5]), torch.ones(1, 1)))
     qkv = torch.ones(1, 20, 3, 16)
     qkv[0, 10, 0, 2] = bad
-    out, _ = kernels.attention(qkv, 1, Places(torch.tensor([[0, 20]]), 20))
+    out, _ = kernels.attention(qkv, 1, turned(20, 16, [(0, 20)]))
     assert not torch.isfinite(out[0, 10]).all()
     x = torch.ones(1, 32)
     x[0, 9] = bad
     assert not torch.isfinite(kernels.rms_norm(x, torch.ones(32), 1e-5)[0]).all()
 
 
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_what_is_not_finite_does_not_reach_earlier_positions(kernels: Kernels, bad: float) -> None:
+    """Guards the lanes of a vector that lie after a query: their garbage is left out, not
+    multiplied by 0. Only the few queries that are computed together see each other's."""
+    qkv, turns = randn(1, 40, 3, 16), turned(40, 16, [(0, 20), (20, 20)])
+    expected, _ = kernels.attention(qkv, 1, turns)
+    qkv[0, 36, 1:] = bad
+    out, log_sum = kernels.attention(qkv, 1, turns)
+    assert torch.equal(out[0, :32], expected[0, :32])
+    grad = torch.zeros_like(out)
+    grad[0, :32] = 1
+    grad_qkv = kernels.attention_backward(grad, qkv, log_sum, turns)
+    assert torch.isfinite(grad_qkv[0, :32, 0]).all()
+    assert torch.isfinite(grad_qkv[0, :20]).all()
+
+
 def test_bits_do_not_depend_on_threads_that_share_no_sum(kernels: Kernels) -> None:
     """Guards repeatable training: tasks are handed out in any order, results are not."""
     qkv, grad = randn(3, 90, 6, 32), randn(3, 90, 4, 32, seed=1)
-    documents = Places(torch.tensor([[0, 90], [90, 40], [130, 50], [180, 90]]), 90)
+    turns = turned(90, 32, [(0, 90), (90, 40), (130, 50), (180, 90)])
     results = []
     before = torch.get_num_threads()
     for threads in (1, 2, 2):
         torch.set_num_threads(threads)
-        out, log_sum = kernels.attention(qkv, 4, documents)
-        results.append((out, kernels.attention_backward(grad, qkv, log_sum, documents)))
+        out, log_sum = kernels.attention(qkv, 4, turns)
+        results.append((out, kernels.attention_backward(grad, qkv, log_sum, turns)))
     torch.set_num_threads(before)
     for out, grad_qkv in results[1:]:
         assert torch.equal(out, results[0][0])
