@@ -48,7 +48,7 @@ from solollm.report.html import write_report
 from solollm.report.sinks import open_sinks
 from solollm.run_log import Row, Sink
 from solollm.run_paths import with_base, with_corpora, with_paths_from, with_paths_to
-from solollm.run_streams import RunStreams, open_streams
+from solollm.run_streams import RunStreams, open_streams, prove_corpora
 from solollm.runs import Run
 from solollm.starting_weights import (
     StartingWeights,
@@ -105,12 +105,14 @@ def pretrain(
     to look after; None: this one.
 
     Raises:
-        ConfigError, DataError, BackendError, PlanError: before anything is written.
+        ConfigError, DataError, IntegrityError, BackendError, PlanError: before anything is
+            written.
         Stopped, StorageError, SoloLLMError: as `Trainer.fit`.
     """
     selected = _select(backend, config, None)
     with watched(selected.backend.ranks(), config.machine) as ranks:
         prepared = prepare(config, backend=selected)
+        prove_corpora(prepared.config)
         resolved = with_paths_from(prepared.config, run)
         sinks = [*sinks, *open_sinks(config.log.sinks, run)] if ranks.rank == 0 else []
         created = on_first(ranks, lambda: Run.create(run, resolved)) or Follower(run, resolved)
@@ -134,8 +136,8 @@ def resume(
     left alone: `start_step` of the result is then its last step.
 
     Raises:
-        IntegrityError: no checkpoint is intact, another corpus, or what comes next is not what
-            was promised; nothing was changed.
+        IntegrityError: no checkpoint is intact, another or a damaged corpus, or what comes next is
+            not what was promised; nothing was changed.
         RunLocked: another process trains it.
         ConfigError, BackendError, PlanError, and as `Trainer.fit`.
     """
@@ -152,6 +154,7 @@ def resume(
             config = with_corpora(config, run, corpus)
             recorded = Recorded.of(opened, checkpoint) if checkpoint else None
             prepared = prepare(config, backend=selected, recorded=recorded, memory=memory)
+            prove_corpora(prepared.config)
             sinks = [*sinks, *open_sinks(config.log.sinks, run)] if opened.writes else []
             notes = [{"kind": "checkpoint_damaged", "reason": problem} for problem in damaged]
             start = Start(checkpoint, recorded) if checkpoint and recorded else None

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from solollm.config import FinetuneTable, RunConfig
-from solollm.data.shards import Split
+from solollm.data.shards import Split, verify_corpus
 from solollm.data.stream import BatchStream, EpochStream, StagedStream, StepStream, open_stream
 from solollm.errors import ConfigError, DataError
 from solollm.finetune.packing import SampleStream
@@ -58,6 +58,19 @@ def open_streams(config: RunConfig, *, batch_size: int, seq_len: int) -> RunStre
     except DataError:  # a corpus built without held-out documents is trained on all the same
         validation = None
     return RunStreams(train, first, validation)
+
+
+def prove_corpora(config: RunConfig) -> None:
+    """Read every byte of a run's corpora, before it trains on them: a disk that has changed one
+    since gives other steps, and nobody would know. The samples of a fine-tuning are proven as they
+    are read.
+
+    Raises:
+        IntegrityError: names the first file that is not what was built.
+    """
+    if config.finetune is None:
+        for corpus in filter(None, (config.data.corpus, config.data.decay_corpus)):
+            verify_corpus(Path(corpus))
 
 
 def _open_samples(

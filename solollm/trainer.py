@@ -177,7 +177,7 @@ class Trainer:
             return
         launched, self._launched = self._launched, None
         metrics = launched.pending.result()
-        self._progress.tokens_seen += metrics.tokens
+        self._progress.tokens_seen += 0 if metrics.skipped else metrics.tokens
         self._broken.watch(launched.step, metrics, last_good=self._last_good)
         self._loss = metrics.loss
         if launched.step % self._config.log.every_steps == 0 or launched.step == self._total_steps:

@@ -12,6 +12,7 @@ from solollm.architecture import ModelConfig
 from solollm.backend import Batch, PendingMetrics
 from solollm.checkpoint import open_checkpoint
 from solollm.config import RunConfig, parse_config
+from solollm.data.shards import shard_path
 from solollm.data.stream import batch_digest
 from solollm.errors import (
     ConfigError,
@@ -217,6 +218,29 @@ def test_another_corpus_is_refused_with_both_fingerprints(config, other_corpus, 
     assert (
         len({word for word in caught.value.what.replace(",", " ").split() if len(word) == 32}) == 2
     )
+
+
+@pytest.mark.parametrize("table", ["corpus", "decay_corpus"])
+def test_a_corpus_of_which_one_bit_is_turned_over_is_not_trained_on(
+    config, small_corpus, other_corpus, tmp_path, table
+) -> None:
+    """Guards against steps on data that a disk has changed: sizes and fingerprint, which is that of
+    the index, stay the same, and the run ended in other bits with nobody told."""
+    run, corpus = tmp_path / "run", tmp_path / "corpus"
+    shutil.copytree(small_corpus if table == "corpus" else other_corpus, corpus)
+    config = updated(config, "data", **{table: str(corpus)})
+    cut(config, run, 4)
+    shard = shard_path(corpus, "train", 0)
+    content = bytearray(shard.read_bytes())
+    content[len(content) // 2] ^= 1
+    shard.write_bytes(content)
+    before = (run / "metrics.jsonl").read_bytes()
+    with pytest.raises(IntegrityError, match=rf"{shard.name} is damaged"):
+        resume(run)
+    assert (run / "metrics.jsonl").read_bytes() == before
+    with pytest.raises(IntegrityError, match=rf"{shard.name} is damaged"):
+        pretrain(config, tmp_path / "new")
+    assert not (tmp_path / "new").exists()
 
 
 def test_a_project_folder_can_be_moved_as_a_whole(

@@ -390,6 +390,9 @@ def test_a_non_finite_step_costs_one_step(bench) -> None:
     row = next(r for r in map(json.loads, lines) if r["step"] == 3)
     assert row["loss"] is None
     assert "NaN" not in "".join(lines)
+    # Nothing was learnt of that batch, as where it is gone around (below).
+    learnt = sum(made.work.stream.batch(s).num_targets for s in range(6) if s != 2)
+    assert result.tokens_seen == learnt
 
 
 def test_a_half_applied_step_is_undone_and_gone_around(bench) -> None:
