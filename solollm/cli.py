@@ -35,7 +35,7 @@ COMMANDS = {
     "eval": "Measure a model: bits per byte, MMLU, GSM8K, any lm-eval task.",
     "export": "Write a model as a folder for transformers, vLLM or mlx-lm.",
     "runs": "List, show, verify and move runs.",
-    "verify": "Prove that killed runs resume, and that runs move.",
+    "verify": "Prove that runs resume, move, and survive faults.",
     "bench": "Measure training and serving speed against other stacks.",
 }
 

@@ -36,7 +36,7 @@ _SAVE_PAUSE_SECONDS = 0.001  # per system call of a save, so that there is a sav
 _MOMENT_SECONDS = 0.05
 _POLL_SECONDS = 0.001
 # The last is what PyTorch imports, for a second, at the first backward pass.
-_PRELOADED = [
+PRELOADED = [
     "__main__", "solollm.resume_proof", "torch", "torch.fx.experimental.symbolic_shapes",
 ]  # fmt: skip
 
@@ -142,7 +142,7 @@ class _Nursery:
         self._config = config.model_dump(mode="json")
         self._context: Any = multiprocessing.get_context(start_method)
         if start_method == "forkserver":
-            self._context.set_forkserver_preload(_PRELOADED)
+            self._context.set_forkserver_preload(PRELOADED)
 
     def live_out(self, run: Path) -> None:
         """Train to the end."""

@@ -34,8 +34,8 @@ LAYERS = (
     "lifeline ranks pretraining rehearsal finetune planning environments horizon"
     " starting_weights run_streams run_paths",
     "export importing serving guard cargo packing far_side pushing testing resume_proof"
-    " migration_proof supervisor story quickstart_move quickstart_tuning quickstart doctor"
-    " benchmark text_benchmark",
+    " migration_proof fault_proof supervisor story quickstart_move quickstart_tuning quickstart"
+    " doctor benchmark text_benchmark",
     "commands",
     "cli",
     "__main__",

@@ -1,5 +1,5 @@
 """`solollm verify resume|migration`: skins of `solollm.resume_proof` and
-`solollm.migration_proof`."""
+`solollm.migration_proof`. `verify faults` is `solollm.commands.verify_faults`."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ import click
 
 from solollm.commands import print_json
 from solollm.commands.pretrain import say
+from solollm.commands.verify_faults import faults
 
 if TYPE_CHECKING:
     from solollm.config import RunConfig
@@ -42,6 +43,9 @@ _CONFIG = click.option(
 @click.group("verify", epilog="\b\nExample:\n  solollm verify resume --kills 20")
 def command() -> None:
     """Prove on this machine what is promised."""
+
+
+command.add_command(faults)
 
 
 @command.command("resume", epilog=_EPILOG)
