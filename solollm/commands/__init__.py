@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import math
 import os
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -23,6 +24,18 @@ def console(*, stderr: bool = False) -> Console:
 
     plain = bool(os.environ.get("NO_COLOR"))
     return Console(stderr=stderr, highlight=False, color_system=None if plain else "auto")
+
+
+def print_table(terminal: Console, columns: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
+    """Rows of figures under their names, the first column being words."""
+    from rich.table import Table
+
+    table = Table(box=None, pad_edge=False)
+    for place, name in enumerate(columns):
+        table.add_column(name, justify="right" if place else "left")
+    for row in rows:
+        table.add_row(*row)
+    terminal.print(table)
 
 
 class Number(click.FloatRange):

@@ -29,6 +29,7 @@ _BUILD_EXAMPLES = """\b
 Examples:
   solollm data build notes/ books/*.txt dump.jsonl.zst --out corpora/mine
   solollm data build crawl/*.jsonl.zst --out corpora/web --near-duplicates 0.8
+  solollm data build notes/ --out corpora/marked --canaries 60
   solollm data build hf://roneneldan/TinyStories:train --out corpora/stories
   solollm data build python://stdlib --out corpora/python --split-rule sha1-mod20
 """
@@ -60,6 +61,14 @@ command.add_command(tuning)
     " 0.8; default: equal texts alone.",
 )  # fmt: skip
 @click.option(
+    "--canaries", type=int, default=0, metavar="COUNT",
+    help="Plant this many random numbers among the training documents, each 1, 4 or 16 times;"
+    " `solollm eval memorisation` tells later what of them was memorised. 60: 20 of each.",
+)  # fmt: skip
+@click.option(
+    "--canary-seed", type=int, default=0, show_default=True, help="Which numbers are planted."
+)
+@click.option(
     "--text-field", "text_fields", multiple=True, default=("text", "content"), show_default=True,
     help="Where records keep their text; the first one found counts.",
 )  # fmt: skip
@@ -76,8 +85,8 @@ command.add_command(tuning)
 def build(
     *, sources: tuple[str, ...], out: Path, tokenizer: Path | None, vocab_size: int | None,
     validation_fraction: float, split_rule: Literal["hash", "sha1-mod20"],
-    near_duplicates: float | None, text_fields: tuple[str, ...], max_document_chars: int,
-    max_ratio: float, overwrite: bool, as_json: bool,
+    near_duplicates: float | None, canaries: int, canary_seed: int, text_fields: tuple[str, ...],
+    max_document_chars: int, max_ratio: float, overwrite: bool, as_json: bool,
 ) -> None:  # fmt: skip
     """Read SOURCES, drop duplicates, tokenise, and write a corpus to train on.
 
@@ -86,6 +95,7 @@ def build(
     cannot be read is counted and listed in quarantine.jsonl, and never ends the build.
     """
     from solollm.data.build import build_corpus
+    from solollm.data.canaries import Canaries
     from solollm.data.items import Limits
     from solollm.data.report import render_report
     from solollm.tokenizer import Tokenizer
@@ -97,7 +107,8 @@ def build(
         report = build_corpus(
             sources, out, tokenizer=Tokenizer.load(tokenizer) if tokenizer else None,
             vocab_size=vocab_size, validation_fraction=validation_fraction,
-            split_rule=split_rule, near_duplicates=near_duplicates, limits=limits,
+            split_rule=split_rule, near_duplicates=near_duplicates,
+            canaries=Canaries(canaries, canary_seed) if canaries else None, limits=limits,
             overwrite=overwrite, progress=progress,
         )  # fmt: skip
     if as_json:
@@ -156,7 +167,8 @@ def inspect(
             print_json([view._asdict() for view in documents])
             return
         for view in documents:
-            _print(f"--- document {view.number}: {view.tokens:,} tokens\n{view.text}")
+            kind = ", a planted canary" if view.canary else ""
+            _print(f"--- document {view.number}: {view.tokens:,} tokens{kind}\n{view.text}")
         return
     views = view_batch(corpus, step, split=split, seq_len=seq_len, batch_size=rows, seed=seed)
     if as_json:

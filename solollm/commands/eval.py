@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from solollm.commands import console, print_json
+from solollm.commands import console, print_json, print_table
+from solollm.commands.eval_memorisation import memorisation
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -30,7 +30,7 @@ Examples:
 
 
 class EvalGroup(click.Group):
-    """`solollm eval RUN` measures a model; what has no model is a subcommand."""
+    """`solollm eval RUN` measures a model; what is measured otherwise is a subcommand."""
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
         if not args or args[0] not in self.commands:
@@ -43,13 +43,17 @@ class EvalGroup(click.Group):
 
 @click.group("eval", cls=EvalGroup)
 def command() -> None:
-    """Measure a model (the default), or the guard of the server.
+    """Measure a model (the default), what it has memorised, or the guard of the server.
 
     \b
     Example:
       solollm eval runs/first
+      solollm eval memorisation runs/first
       solollm eval guard
     """
+
+
+command.add_command(memorisation)
 
 
 @command.command("model", epilog=_EPILOG)
@@ -83,7 +87,8 @@ def eval_model(model: Path, as_json: bool, no_save: bool, log_samples: Path | No
     """Measure a model: bits per byte, MMLU, GSM8K, and whatever lm-evaluation-harness knows.
 
     A run folder stands for its newest intact checkpoint. The result is printed beside published
-    figures, and stored in the run. `solollm eval guard` measures the server's guard.
+    figures, and stored in the run. `solollm eval memorisation` says what of its corpus a model has
+    memorised, `solollm eval guard` measures the server's guard.
     """
     os.environ.setdefault("TQDM_DISABLE", "1")  # lm-eval's bars; this command shows its own
     from solollm.evaluation.harness import HarnessOptions
@@ -150,7 +155,7 @@ def _show_guard(report: GuardReport, terminal: Console) -> None:
         for score in report.classes
     ]  # fmt: skip
     columns = ("class", "recall", "false alarms", "finds", "benign", "holds")
-    _table(terminal, columns)(rows)
+    print_table(terminal, columns, rows)
     cost = report.latency
     terminal.print(
         f"added per chunk: {cost.mean_ms:.3f} ms on average, {cost.p99_ms:.3f} ms at the 99th"
@@ -195,21 +200,6 @@ def show_evaluation(evaluation: Evaluation, terminal: Console) -> None:
         _show_beside_quoted(evaluation, terminal)
 
 
-def _table(terminal: Console, columns: tuple[str, ...]) -> Callable[..., None]:
-    from rich.table import Table
-
-    table = Table(box=None, pad_edge=False)
-    for place, name in enumerate(columns):
-        table.add_column(name, justify="right" if place else "left")
-
-    def finish(rows: list[tuple[str, ...]]) -> None:
-        for row in rows:
-            table.add_row(*row)
-        terminal.print(table)
-
-    return finish
-
-
 def _show_texts(evaluation: Evaluation, terminal: Console) -> None:
     rows = [
         (
@@ -219,7 +209,7 @@ def _show_texts(evaluation: Evaluation, terminal: Console) -> None:
         )
         for score in evaluation.texts
     ]  # fmt: skip
-    _table(terminal, ("text", "bits per byte", "95%", "documents", "bytes"))(rows)
+    print_table(terminal, ("text", "bits per byte", "95%", "documents", "bytes"), rows)
 
 
 def _show_scores(evaluation: Evaluation, terminal: Console) -> None:
@@ -232,7 +222,7 @@ def _show_scores(evaluation: Evaluation, terminal: Console) -> None:
         )
         for score in evaluation.benchmarks.scores
     ]  # fmt: skip
-    _table(terminal, ("benchmark", "shots", "score", "95%", "items", "version"))(rows)
+    print_table(terminal, ("benchmark", "shots", "score", "95%", "items", "version"), rows)
 
 
 def _show_beside_quoted(evaluation: Evaluation, terminal: Console) -> None:
@@ -255,7 +245,7 @@ def _show_beside_quoted(evaluation: Evaluation, terminal: Console) -> None:
     ours = [found.get(key, "") for key in ("mmlu", "gsm8k_cot", "ms_per_token")]
     name = f"{evaluation.checkpoint.name}, {evaluation.parameters / 1e6:,.1f}M"
     rows.append((name, "", *ours, "here"))
-    _table(terminal, ("model", "training", "MMLU 5", "GSM8K 8", "ms/token", "from"))(rows)
+    print_table(terminal, ("model", "training", "MMLU 5", "GSM8K 8", "ms/token", "from"), rows)
     terminal.print(LEGEND, style="dim")
 
 
@@ -269,7 +259,7 @@ def _show_latency(latency: Latency, terminal: Console) -> None:
         for speed in latency.speeds
     ]  # fmt: skip
     columns = ("batch", "prefill ms/token", "decode ms/token", "CPU ms/token", "tokens/s")
-    _table(terminal, columns)(rows)
+    print_table(terminal, columns, rows)
     share = "the backend measures no memory bandwidth"
     if latency.bandwidth_share is not None:
         share = (

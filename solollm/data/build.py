@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+from solollm.data.canaries import CANARIES_NAME, Canaries
 from solollm.data.cleaning import Defect, normalise
 from solollm.data.dedup import Spool, Spooled, SpooledTexts, Survey, text_digest
 from solollm.data.items import Broken, Document, Limits, excerpt
@@ -71,6 +72,7 @@ def build_corpus(
     validation_fraction: float = 0.02,
     split_rule: SplitRule = "hash",
     near_duplicates: float | None = None,
+    canaries: Canaries | None = None,
     limits: Limits | None = None,
     overwrite: bool = False,
     progress: Callable[[Progress], None] | None = None,
@@ -86,6 +88,7 @@ def build_corpus(
         split_rule: "sha1-mod20" holds out texts whose SHA-1 is 0 modulo 20, whatever the fraction.
         near_duplicates: also leave out texts of which a kept one shares this much (0.5 to 1; see
             `solollm.data.near_duplicates`); None: equal texts alone.
+        canaries: planted among the training documents, to measure later what a model memorised.
         overwrite: replace a corpus that stands at `out`; anything else there is never touched.
 
     Raises:
@@ -111,8 +114,9 @@ def build_corpus(
     check_out(out, names, overwrite=overwrite)
     with swept(out), staged_directory(out) as staging:
         build = _Build(
-            names, staging, held_out=held_out, limits=limits or Limits(), progress=progress
-        )
+            names, staging, held_out=held_out, limits=limits or Limits(), canaries=canaries,
+            progress=progress,
+        )  # fmt: skip
         return build.run(tokenizer, vocab_size, near_duplicates)
 
 
@@ -128,10 +132,10 @@ class _Build:
 
     def __init__(
         self, sources: list[str], staging: Path, *, held_out: HeldOut, limits: Limits,
-        progress: Callable[[Progress], None] | None,
+        canaries: Canaries | None, progress: Callable[[Progress], None] | None,
     ) -> None:  # fmt: skip
         self._sources, self._staging, self._limits = sources, staging, limits
-        self._held_out = held_out
+        self._held_out, self._canaries = held_out, canaries
         self._tail_of: bytes | None = None  # the document whose end is held out, instead
         self._tail_chars = 0
         self._bytes_read = 0
@@ -167,9 +171,12 @@ class _Build:
                 for name, r in records.items()
             },
             vocab_size=tokenizer.vocab_size, tokenizer_digest=tokenizer.digest,
+            planted=self._canaries.num_documents if self._canaries else 0,
             notes=tuple(self._notes),
         )  # fmt: skip
         assert report.unaccounted == 0, f"{report.unaccounted} items left no trace"
+        if self._canaries is not None:
+            _write(self._staging / CANARIES_NAME, self._canaries.encoded())
         _write(self._staging / REPORT_NAME, report.model_dump_json(indent=1).encode())
         return report
 
@@ -192,6 +199,8 @@ class _Build:
         if not text.strip():
             self._tally.dropped(source, place, "empty")
             return None
+        if self._canaries is not None:
+            self._canaries.refuse(text, f"{source} {place}".strip())
         digest = text_digest(text)
         is_validation = self._held_out.takes(text, digest)
         self._spool.add(text, digest, source=number, is_validation=is_validation)
@@ -296,7 +305,8 @@ class _Build:
             }
             pending: list[tuple[Split, str]] = []
             size = 0
-            for split, text, document in self._texts():
+            texts = self._texts()
+            for split, text, document in self._canaries.among(texts) if self._canaries else texts:
                 if document is not None:
                     self._tally.kept(document.text, document.source)
                 pending.append((split, text))

@@ -8,6 +8,7 @@ from typing import NamedTuple
 import numpy as np
 
 from solollm.backend import IGNORED
+from solollm.data.canaries import read_canaries
 from solollm.data.shards import TOKENIZER_FOLDER, Split, SplitReader
 from solollm.data.stream import open_stream
 from solollm.errors import IntegrityError
@@ -15,11 +16,13 @@ from solollm.tokenizer import Tokenizer
 
 
 class DocumentView(NamedTuple):
-    """One document: its number in the split, its tokens with bos and eos, its text."""
+    """One document: its number in the split, its tokens with bos and eos, its text, and whether it
+    is a canary that the build planted."""
 
     number: int
     tokens: int
     text: str
+    canary: bool = False
 
 
 class RowView(NamedTuple):
@@ -53,10 +56,13 @@ def view_documents(
 ) -> list[DocumentView]:
     """`count` documents from number `first` on. Raises ConfigError past the end."""
     reader, tokenizer = SplitReader(corpus, split), corpus_tokenizer(corpus)
+    canaries = read_canaries(corpus)
+    planted = {canary.text for canary in canaries.planted} if canaries else set()
     views = []
     for number in range(first, max(first + 1, min(first + count, reader.record.documents))):
         ids = reader.document(number)
-        views.append(DocumentView(number, ids.size, tokenizer.decode(ids.tolist())))
+        text = tokenizer.decode(ids.tolist())
+        views.append(DocumentView(number, ids.size, text, text in planted))
     return views
 
 

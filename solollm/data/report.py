@@ -13,6 +13,7 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
+from solollm.data.canaries import CANARIES_NAME
 from solollm.data.items import Broken, Item, PassedOver, excerpt
 from solollm.errors import ConfigError, IntegrityError
 
@@ -74,7 +75,8 @@ class LongDocument(_Record):
 
 
 class CorpusReport(_Record):
-    """One build. `passed_over` counts files and folders, all else counts items."""
+    """One build. `passed_over` counts files and folders, `planted` documents that hold canaries
+    and came from no item; all else counts items."""
 
     fingerprint: str
     items: int
@@ -88,6 +90,7 @@ class CorpusReport(_Record):
     longest: tuple[LongDocument, ...]
     vocab_size: int
     tokenizer_digest: str
+    planted: int = 0
     notes: tuple[str, ...] = ()
 
     @property
@@ -212,6 +215,11 @@ def render_report(report: CorpusReport, *, examples: int = 2) -> str:
             f"{name:<12}{split.documents:>12,}{split.tokens:>16,}{split.text_bytes:>16,}"
             f"{split.bytes_per_token:>13.2f}"
         )
+    if report.planted:
+        lines += [
+            "", f"{report.planted:,} of the training documents are planted canaries, which are no"
+            f" items ({CANARIES_NAME})",
+        ]  # fmt: skip
     lines += ["", f"vocabulary {report.vocab_size:,}, fingerprint {report.fingerprint}"]
     lines += _render_causes("dropped", report.dropped, examples)
     lines += _render_causes(f"broken (all in {QUARANTINE_NAME})", report.broken, examples)

@@ -91,7 +91,7 @@ def evaluate(
     checkpoint, _ = find_checkpoint(path)
     texts = _texts(path, checkpoint, options)
     backend, reason = select_backend(options.backend)
-    dtype = _dtype(backend, options)
+    dtype = compute_dtype(backend, options.dtype)
     model = open_model(
         path, backend=options.backend,
         options=EngineOptions(max_batch_size=options.batch_size, compute_dtype=dtype),
@@ -111,40 +111,55 @@ def evaluate(
             model, backend, prompt_tokens=prompt, new_tokens=new, seed=options.harness.seed,
             tell=tell,
         )  # fmt: skip
-    described = describe_model(model)
     document = {
-        "format": FORMAT, "version": VERSION,
-        "time": datetime.now(UTC).isoformat(timespec="seconds"), "solollm": __version__,
-        "model": described, "backend": _describe_backend(backend),
-        "machine": asdict(read_machine()), "batch_size": options.batch_size, "dtype": dtype,
+        **describe_setting(model, backend, batch_size=options.batch_size, dtype=dtype),
         "texts": [asdict(score) for score in scored],
         "benchmarks": _describe_harness(harness, options.harness),
         "latency": asdict(latency) if latency else None,
-    }  # fmt: skip
+    }
     return Evaluation(
-        checkpoint, described["parameters"], scored, harness, latency, document,
+        checkpoint, document["model"]["parameters"], scored, harness, latency, document,
         (*model.notes[:-1], reason), harness.samples if harness else {},
     )  # fmt: skip
 
 
-def _dtype(backend: Backend, options: EvalOptions) -> ComputeDType:
-    if options.dtype != "auto":
-        return options.dtype
+def compute_dtype(backend: Backend, asked: ComputeDType | Literal["auto"]) -> ComputeDType:
+    """What "auto" means here: float32 on a processor, else what the backend prefers."""
+    if asked != "auto":
+        return asked
     capabilities = backend.capabilities()
     return "float32" if capabilities.device == "cpu" else capabilities.preferred_dtype
 
 
+def describe_setting(
+    model: TextModel, backend: Backend, *, batch_size: int, dtype: ComputeDType
+) -> dict[str, Any]:
+    """What every evaluation's file begins with: when, with what, of which model, where."""
+    return {
+        "format": FORMAT, "version": VERSION,
+        "time": datetime.now(UTC).isoformat(timespec="seconds"), "solollm": __version__,
+        "model": describe_model(model), "backend": _describe_backend(backend),
+        "machine": asdict(read_machine()), "batch_size": batch_size, "dtype": dtype,
+    }  # fmt: skip
+
+
 def save_evaluation(evaluation: Evaluation) -> Path:
     """Write the file where it belongs; never over another one. Raises StorageError."""
-    checkpoint = evaluation.checkpoint.absolute()
+    return save_document(evaluation.checkpoint, evaluation.document)
+
+
+def save_document(checkpoint: Path, document: Mapping[str, Any], *, kind: str = "") -> Path:
+    """The same for any evaluation's file; `kind` becomes part of its name."""
+    checkpoint = checkpoint.absolute()
     run = checkpoint.parent.parent
     in_run = checkpoint.parent.name == "checkpoints" and (run / "run.toml").is_file()
-    stamp = str(evaluation.document["time"]).replace(":", "").replace("-", "")[:15] + "Z"
+    stamp = str(document["time"]).replace(":", "").replace("-", "")[:15] + "Z"
+    stamp = f"{kind}-{stamp}" if kind else stamp
     name = f"{checkpoint.name}-{stamp}.json"
     folder = run / FOLDER if in_run else checkpoint.parent
     durable.make_directory(folder)
     path = folder / (name if in_run else f"{checkpoint.name}.evaluation-{stamp}.json")
-    durable.replace_file(path, encode_json(dict(evaluation.document)))
+    durable.replace_file(path, encode_json(dict(document)))
     return path
 
 
