@@ -147,7 +147,8 @@ def meaning(canaries: CanaryResult | None, passages: tuple[Reproduction, ...]) -
         more = more or train.interval[0] > unseen.interval[1]
         told.append(
             f"Of the training split's passages the model gives back {train.share:.1%} word for"
-            f" word, of held-out ones {unseen.share:.1%}: "
+            f" word, and {train.mean_matching:.2f} tokens on average before a wrong one, of"
+            f" held-out ones {unseen.share:.1%} and {unseen.mean_matching:.2f}: "
             + ("it has memorised text." if more else "the difference may be chance.")
         )
     told.append(
