@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from solollm.config import FinetuneTable, RunConfig
-from solollm.data.shards import Split, verify_corpus
+from solollm.data.shards import Split, corpus_files, read_index, verify_corpus
 from solollm.data.stream import BatchStream, EpochStream, StagedStream, StepStream, open_stream
 from solollm.errors import ConfigError, DataError
 from solollm.finetune.packing import SampleStream
@@ -71,6 +71,17 @@ def prove_corpora(config: RunConfig) -> None:
     if config.finetune is None:
         for corpus in filter(None, (config.data.corpus, config.data.decay_corpus)):
             verify_corpus(Path(corpus))
+
+
+def corpora_bytes(config: RunConfig, corpus: Path | None = None) -> int:
+    """What `prove_corpora` reads; `corpus` is where the first one lies, if not where the config
+    says."""
+    places = [corpus or Path(config.data.corpus)]
+    if config.data.decay_corpus:
+        places.append(Path(config.data.decay_corpus))
+    return sum(
+        path.stat().st_size for place in places for path in corpus_files(place, read_index(place))
+    )
 
 
 def _open_samples(

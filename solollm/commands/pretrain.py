@@ -86,9 +86,13 @@ def command(
             ["resume", str(run), *words],
         )  # fmt: skip
         return
+    say_reading(config, as_json=as_json)
     result = pretrain(config, run, backend=backend, sinks=[sink_for(as_json=as_json)])
     if not as_json and result.rank == 0:
         show_result(result)
+
+
+_WORTH_SAYING = 4 << 30  # bytes of a corpus that take some seconds to read
 
 
 def sink_for(*, as_json: bool) -> Sink:
@@ -110,6 +114,24 @@ def say_measuring(config: RunConfig, *, as_json: bool) -> None:
         return
     text = f"measuring steps on this machine, to know what fits into {table.hours:g} hours"
     console(stderr=True).print(text, markup=False, soft_wrap=True)
+
+
+def say_reading(config: RunConfig, *, as_json: bool, corpus: Path | None = None) -> None:
+    """Say, on standard error, that a large corpus is read once before the first step. `corpus`:
+    where it lies now, if not where the config says."""
+    from solollm.errors import SoloLLMError
+    from solollm.planner import format_bytes
+    from solollm.run_streams import corpora_bytes
+
+    if as_json or config.finetune is not None:
+        return
+    try:
+        size = corpora_bytes(config, corpus)
+    except (SoloLLMError, OSError):  # the run itself says what is wrong
+        return
+    if size >= _WORTH_SAYING:
+        text = f"reading the corpus once, {format_bytes(size)}: it must be what was built"
+        console(stderr=True).print(text, markup=False, soft_wrap=True)
 
 
 def show_result(result: TrainResult) -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 import click
 
 from solollm.commands import print_json
-from solollm.commands.pretrain import say, show_result, sink_for
+from solollm.commands.pretrain import say, say_reading, show_result, sink_for
 from solollm.commands.supervised import is_supervised, memory_flags, supervise, supervised_option
 
 _EPILOG = """\b
@@ -44,6 +44,8 @@ def command(
     and this ends with 3.
     """
     from solollm.pretraining import resume
+    from solollm.run_paths import with_paths_to
+    from solollm.runs import Run
 
     memory: dict[str, int | bool] = {}
     if micro_batch_size:
@@ -56,6 +58,8 @@ def command(
         words += ["--base", str(base)] if base else []
         supervise(run, [*words, *memory_flags(memory)], words)
         return
+    config = with_paths_to(Run.open(run).config, run)
+    say_reading(config, as_json=as_json, corpus=corpus)
     result = resume(
         run, backend=backend, sinks=[sink_for(as_json=as_json)], corpus=corpus, base=base,
         memory=memory,

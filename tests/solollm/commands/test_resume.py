@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from solollm.cli import main
+from solollm.commands import pretrain
 from solollm.runs import Run
 
 pytest.importorskip("torch")
@@ -34,6 +35,17 @@ def test_a_finished_run_says_so(run: Path, capsys: pytest.CaptureFixture[str]) -
     assert json.loads(capsys.readouterr().out) == {
         "kind": "finish", "status": "finished", "step": 2,
     }  # fmt: skip
+
+
+def test_that_a_large_corpus_is_read_first_is_said(
+    run: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Guards against minutes of silence before the first step."""
+    assert main(["resume", str(run)]) == 0
+    assert "reading the corpus" not in capsys.readouterr().err
+    monkeypatch.setattr(pretrain, "_WORTH_SAYING", 1000)
+    assert main(["resume", str(run)]) == 0
+    assert "reading the corpus once, " in capsys.readouterr().err
 
 
 def test_a_damaged_checkpoint_is_named_and_passed_over(
