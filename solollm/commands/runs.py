@@ -10,6 +10,7 @@ import click
 
 from solollm.commands import console, print_json
 from solollm.commands.pretrain import say
+from solollm.commands.runs_card import card
 from solollm.errors import quoted
 
 if TYPE_CHECKING:
@@ -31,7 +32,10 @@ Examples:
 
 @click.group("runs", epilog=_EPILOG)
 def command() -> None:
-    """List, show, verify and move runs."""
+    """List, show, verify, describe and move runs."""
+
+
+command.add_command(card)
 
 
 @command.command("list", epilog="\b\nExample:\n  solollm runs list\n  solollm runs list old/runs")

@@ -245,5 +245,6 @@ def _card(source: Source, name: str, target: Target, weights: str) -> str:
             weights=weights,
             training=read_training(source.run, source.state),
             origin=source.origin,
+            checkpoint=source.path.name,
         )
     )

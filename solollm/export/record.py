@@ -1,0 +1,179 @@
+"""What a run's own files say of its data and of how good the model is, as sections of its card.
+
+Names of files and folders that a corpus was made of are left out: who publishes a model need not
+publish how their disk is laid out.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from solollm.checkpoint import TrainerState
+from solollm.config import RunConfig
+from solollm.data.report import CorpusReport, read_report
+from solollm.errors import SoloLLMError
+from solollm.finetune.samples import SamplesIndex, read_index
+from solollm.run_paths import with_paths_to
+from solollm.run_streams import open_streams
+from solollm.strictfile import parse_json, read_bytes
+
+EVALUATIONS = "evaluations"
+_SPLITS = {"train": "trained on", "validation": "held out"}
+Table = list[tuple[str, ...]]
+
+
+def data_section(run: Path, config: RunConfig, state: TrainerState) -> str:
+    """Of the corpus, or of the samples of a fine-tuning; says so where they are not at hand."""
+    try:
+        config = with_paths_to(config, run)
+        if config.finetune is not None:
+            return table(("", ""), _sample_rows(read_index(Path(config.data.corpus))))
+        streams = open_streams(
+            config, batch_size=config.train.batch_size or 1, seq_len=config.data.seq_len or 1
+        )
+        if streams.train.fingerprint != state.data.fingerprint:
+            return "The corpus beside the run is another one by now.\n"
+        report = read_report(Path(config.data.corpus))
+    except (SoloLLMError, OSError):
+        return "The data is not at hand any more; its fingerprint stands above.\n"
+    return table(("", ""), _corpus_rows(report, state, is_all=not config.data.decay_corpus))
+
+
+def evaluation_sections(run: Path, checkpoint: str) -> str:
+    """Every stored evaluation of one checkpoint, the newest of a kind: benchmarks and texts, then
+    what it has memorised. Files that cannot be read are passed over."""
+    found = list(_evaluations(run / EVALUATIONS, checkpoint))
+    scores: dict[tuple[Any, ...], tuple[str, ...]] = {}
+    for document in found:
+        scores |= _scores(document)
+    parts = []
+    if scores:
+        head = ("measured on", "figure", "95%", "of", "by")
+        parts.append(table(head, list(scores.values())))
+    memorised = [document for document in found if document.get("passages")]
+    if memorised:
+        parts.append(_memorised(memorised[-1]))
+    return "\n".join(parts)
+
+
+def sample_section(rows: Sequence[Mapping[str, Any]], step: int) -> str:
+    """The last text that the model wrote while it was trained, up to `step`."""
+    done = [
+        row for row in rows if row.get("kind") == "sample" and row.get("step", step + 1) <= step
+    ]
+    if not done:
+        return ""
+    text = f"{done[-1].get('prompt') or ''}{done[-1].get('text') or ''}"
+    shown = "".join(char for char in text if char == "\n" or char.isprintable()).strip("\n")
+    fence = "`" * max(3, _longest_run(shown, "`") + 1)
+    return f"Written at step {done[-1]['step']:,}, unedited:\n\n{fence}text\n{shown}\n{fence}\n"
+
+
+def table(head: Sequence[str], rows: Table) -> str:
+    """A table in Markdown. Cells that came from outside cannot leave theirs."""
+    named = _line(head) if any(head) else "|" + " |" * len(head) + "\n"
+    lines = [named, "|" + "---|" * len(head) + "\n"]
+    return "".join([*lines, *(_line(row) for row in rows)])
+
+
+def _line(cells: Sequence[str]) -> str:
+    return "| " + " | ".join(" ".join(c.replace("|", "\\|").split()) for c in cells) + " |\n"
+
+
+def _corpus_rows(report: CorpusReport, state: TrainerState, *, is_all: bool) -> Table:
+    rows: Table = []
+    for split, name in _SPLITS.items():
+        record = report.splits.get(split)
+        if record is not None:
+            rows.append(
+                (name, f"{_counted(record.documents, 'document')}, {record.tokens:,} tokens,"
+                 f" {record.text_bytes:,} bytes of text")
+            )  # fmt: skip
+    trained = report.splits.get("train")
+    if trained is not None and trained.tokens and is_all:
+        rows.append(("passes over it", f"{state.tokens_seen / trained.tokens:.2f}"))
+    if not is_all:
+        rows.append(("decay stage", "on a second corpus"))
+    left = [f"{report.duplicates:,} equal to another"] if report.duplicates else []
+    left += [f"{cause.count:,} {reason}" for reason, cause in report.dropped.items()]
+    broken = sum(cause.count for cause in report.broken.values())
+    left += [f"{broken:,} that could not be read"] if broken else []
+    rows.append(("left out", f"of {report.items:,} items: {'; '.join(left) or 'none'}"))
+    if report.planted:
+        rows.append(("planted", f"{report.planted:,} documents that hold canaries"))
+    return rows
+
+
+def _sample_rows(index: SamplesIndex) -> Table:
+    rows: Table = [
+        (_SPLITS.get(name, name.replace("_", " ")), _counted(record.samples, "sample"))
+        for name, record in index.splits.items()
+    ]
+    shapes = ", ".join(f"{count:,} {shape}" for shape, count in index.shapes.items())
+    return [*rows, ("rows came as", shapes)] if shapes else rows
+
+
+def _evaluations(folder: Path, checkpoint: str) -> Iterator[Mapping[str, Any]]:
+    for path in sorted(folder.glob(f"{checkpoint}-*.json")):
+        try:
+            document = parse_json(read_bytes(path), path)
+        except (SoloLLMError, OSError):
+            continue
+        if isinstance(document, dict):
+            yield document
+
+
+def _scores(document: Mapping[str, Any]) -> dict[tuple[Any, ...], tuple[str, ...]]:
+    """One row of each figure; one that was measured again takes the place of the earlier one."""
+    dtype = str(document.get("dtype", ""))
+    rows: dict[tuple[Any, ...], tuple[str, ...]] = {}
+    for text in document.get("texts") or ():
+        name, part = Path(text["name"]).name, "" if text["is_whole"] else ", a part"
+        rows["text", name] = (
+            name, f"{text['bits_per_byte']:.4f} bits per byte", _interval(text["interval"], 4),
+            f"{text['num_bytes']:,} bytes{part}", dtype,
+        )  # fmt: skip
+    benchmarks = document.get("benchmarks") or {}
+    for score in benchmarks.get("scores", ()):
+        key = (score["benchmark"], score["metric"], score["num_shots"])
+        part = "" if score["is_whole"] else ", a part"
+        version = benchmarks.get("lm_eval", "")
+        rows[key] = (
+            f"{score['benchmark']}, {score['metric']}, {score['num_shots']} shots",
+            f"{100 * score['value']:.1f}%", _interval([100 * x for x in score["interval"]], 1),
+            f"{score['num_items']:,} items{part}", f"lm-eval {version}, {dtype}".strip(", "),
+        )  # fmt: skip
+    return rows
+
+
+def _memorised(document: Mapping[str, Any]) -> str:
+    lines = []
+    for passage in document["passages"]:
+        kind = _SPLITS.get(passage["split"], passage["split"])
+        share = f"{100 * passage['share']:.1f}% of {len(passage['matching']):,}"
+        lines.append(f"- passages {kind} that it continues word for word: {share}")
+    groups = (document.get("canaries") or {}).get("groups", ())
+    for group in groups:
+        times = f"planted {group['repeats']} times" if group["repeats"] else "never planted"
+        lines.append(f"- numbers {times}: mean exposure {group['mean']:.2f} bits")
+    return "What it has memorised:\n\n" + "\n".join(lines) + "\n"
+
+
+def _interval(interval: Sequence[float] | None, digits: int) -> str:
+    if not interval:
+        return "not known"
+    return f"{interval[0]:.{digits}f} to {interval[1]:.{digits}f}"
+
+
+def _counted(count: int, thing: str) -> str:
+    return f"{count:,} {thing}{'' if count == 1 else 's'}"
+
+
+def _longest_run(text: str, char: str) -> int:
+    longest = current = 0
+    for found in text:
+        current = current + 1 if found == char else 0
+        longest = max(longest, current)
+    return longest
