@@ -23,7 +23,7 @@ LAYERS = (
     "errors",
     "architecture adapters mlx_lm_layout config dial durable strictfile confined hardware devices"
     " state_bytes optim_codec affine_codec nf4_codec gguf_codec signals vitals macos linux_machine"
-    " host",
+    " host personal",
     "tensorheader tensorfile gguf_file adapted backend rounding sampling engine_input"
     " tokenizer_format tokenizer fast_encoding tokenizer_training chat_template preference",
     "data schedule manifest certificate frozen_base bases checkpoint checkpoint_writer model_folder"

@@ -61,6 +61,11 @@ command.add_command(tuning)
     " 0.8; default: equal texts alone.",
 )  # fmt: skip
 @click.option(
+    "--private", type=click.Choice(["mask", "drop"]),
+    help="E-mail addresses, telephone, card, account and ID numbers, keys: replace each by what"
+    " it was, such as [email], or drop texts that hold one; default: neither.",
+)  # fmt: skip
+@click.option(
     "--canaries", type=int, default=0, metavar="COUNT",
     help="Plant this many random numbers among the training documents, each 1, 4 or 16 times;"
     " `solollm eval memorisation` tells later what of them was memorised. 60: 20 of each.",
@@ -85,7 +90,8 @@ command.add_command(tuning)
 def build(
     *, sources: tuple[str, ...], out: Path, tokenizer: Path | None, vocab_size: int | None,
     validation_fraction: float, split_rule: Literal["hash", "sha1-mod20"],
-    near_duplicates: float | None, canaries: int, canary_seed: int, text_fields: tuple[str, ...],
+    near_duplicates: float | None, private: Literal["mask", "drop"] | None, canaries: int,
+    canary_seed: int, text_fields: tuple[str, ...],
     max_document_chars: int, max_ratio: float, overwrite: bool, as_json: bool,
 ) -> None:  # fmt: skip
     """Read SOURCES, drop duplicates, tokenise, and write a corpus to train on.
@@ -107,7 +113,7 @@ def build(
         report = build_corpus(
             sources, out, tokenizer=Tokenizer.load(tokenizer) if tokenizer else None,
             vocab_size=vocab_size, validation_fraction=validation_fraction,
-            split_rule=split_rule, near_duplicates=near_duplicates,
+            split_rule=split_rule, near_duplicates=near_duplicates, private=private,
             canaries=Canaries(canaries, canary_seed) if canaries else None, limits=limits,
             overwrite=overwrite, progress=progress,
         )  # fmt: skip

@@ -19,6 +19,8 @@ from solollm.data.dedup import Spool, Spooled, SpooledTexts, Survey, text_digest
 from solollm.data.items import Broken, Document, Limits, excerpt
 from solollm.data.near_duplicates import NearDuplicate, find_near_duplicates
 from solollm.data.placement import check_out, swept
+from solollm.data.private import PRIVATE_NAME, PrivateAction, PrivateData
+from solollm.data.quarantine import Quarantine
 from solollm.data.report import (
     NEAR_DUPLICATES_NAME,
     QUARANTINE_NAME,
@@ -51,7 +53,6 @@ __all__ = ["CorpusReport", "Progress", "build_corpus", "default_vocab_size"]
 _TOKENIZE_BYTES = 2**20
 _SAMPLE_BYTES = 2**28  # text that a tokenizer is trained on: the first documents by digest
 _MAX_EXCESS = 3.0  # of the share asked for
-_QUARANTINE_BYTES = 2**18
 
 
 class Progress(NamedTuple):
@@ -72,6 +73,7 @@ def build_corpus(
     validation_fraction: float = 0.02,
     split_rule: SplitRule = "hash",
     near_duplicates: float | None = None,
+    private: PrivateAction | None = None,
     canaries: Canaries | None = None,
     limits: Limits | None = None,
     overwrite: bool = False,
@@ -88,6 +90,8 @@ def build_corpus(
         split_rule: "sha1-mod20" holds out texts whose SHA-1 is 0 modulo 20, whatever the fraction.
         near_duplicates: also leave out texts of which a kept one shares this much (0.5 to 1; see
             `solollm.data.near_duplicates`); None: equal texts alone.
+        private: mask personal data and keys, or drop texts that hold any (`solollm.data.private`);
+            None: neither looks for them.
         canaries: planted among the training documents, to measure later what a model memorised.
         overwrite: replace a corpus that stands at `out`; anything else there is never touched.
 
@@ -115,7 +119,7 @@ def build_corpus(
     with swept(out), staged_directory(out) as staging:
         build = _Build(
             names, staging, held_out=held_out, limits=limits or Limits(), canaries=canaries,
-            progress=progress,
+            private=private, progress=progress,
         )  # fmt: skip
         return build.run(tokenizer, vocab_size, near_duplicates)
 
@@ -132,10 +136,12 @@ class _Build:
 
     def __init__(
         self, sources: list[str], staging: Path, *, held_out: HeldOut, limits: Limits,
-        canaries: Canaries | None, progress: Callable[[Progress], None] | None,
+        canaries: Canaries | None, private: PrivateAction | None,
+        progress: Callable[[Progress], None] | None,
     ) -> None:  # fmt: skip
         self._sources, self._staging, self._limits = sources, staging, limits
         self._held_out, self._canaries = held_out, canaries
+        self._private = PrivateData(staging / PRIVATE_NAME, private) if private else None
         self._tail_of: bytes | None = None  # the document whose end is held out, instead
         self._tail_chars = 0
         self._bytes_read = 0
@@ -148,7 +154,8 @@ class _Build:
     def run(
         self, tokenizer: Tokenizer | None, vocab_size: int | None, near: float | None
     ) -> CorpusReport:
-        with self._spool, _Quarantine(self._staging / QUARANTINE_NAME) as quarantine:
+        private = self._private or contextlib.nullcontext()
+        with self._spool, private, Quarantine(self._staging / QUARANTINE_NAME) as quarantine:
             self._read(quarantine)
         if near is not None:
             self._leave_out_near(near)
@@ -172,6 +179,8 @@ class _Build:
             },
             vocab_size=tokenizer.vocab_size, tokenizer_digest=tokenizer.digest,
             planted=self._canaries.num_documents if self._canaries else 0,
+            private=dict(self._private.counts) if self._private else {},
+            private_texts=self._private.num_texts if self._private else 0,
             notes=tuple(self._notes),
         )  # fmt: skip
         assert report.unaccounted == 0, f"{report.unaccounted} items left no trace"
@@ -180,7 +189,7 @@ class _Build:
         _write(self._staging / REPORT_NAME, report.model_dump_json(indent=1).encode())
         return report
 
-    def _read(self, quarantine: _Quarantine) -> None:
+    def _read(self, quarantine: Quarantine) -> None:
         for number, source in enumerate(self._sources):
             for item in read_source(source, self._limits):
                 self._tally.count_in(item)
@@ -193,9 +202,14 @@ class _Build:
         """Spool a document, or say what is broken about it."""
         source, place = document.source, document.place
         try:
-            text = normalise(document.text).encode()
+            found = normalise(document.text)
         except Defect as defect:
             return Broken(source, place, str(defect), excerpt=excerpt(document.text))
+        cleared = self._private.take(found, source, place) if self._private else found
+        if cleared is None:
+            self._tally.dropped(source, place, "private data")
+            return None
+        text = cleared.encode()
         if not text.strip():
             self._tally.dropped(source, place, "empty")
             return None
@@ -345,29 +359,6 @@ class _Texts:
 
     def __getitem__(self, number: int) -> str:
         return self._spooled[number].text.decode()
-
-
-class _Quarantine:
-    """`quarantine.jsonl`, one broken item a line, written in large blocks."""
-
-    def __init__(self, path: Path) -> None:
-        self._path = path
-        self._pending = bytearray()
-        self._stack = contextlib.ExitStack()
-
-    def __enter__(self) -> _Quarantine:
-        self._file = self._stack.enter_context(create_file(self._path))
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        with self._stack:
-            self._file.write(self._pending)
-
-    def add(self, item: Broken) -> None:
-        self._pending += json.dumps(vars(item), ensure_ascii=False).encode() + b"\n"
-        if len(self._pending) >= _QUARANTINE_BYTES:
-            self._file.write(self._pending)
-            self._pending.clear()
 
 
 def _encode_batch(

@@ -15,7 +15,9 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from solollm.data.canaries import CANARIES_NAME
 from solollm.data.items import Broken, Item, PassedOver, excerpt
+from solollm.data.private import PRIVATE_NAME
 from solollm.errors import ConfigError, IntegrityError
+from solollm.personal import LABELS
 
 REPORT_NAME = "report.json"
 QUARANTINE_NAME = "quarantine.jsonl"
@@ -76,7 +78,8 @@ class LongDocument(_Record):
 
 class CorpusReport(_Record):
     """One build. `passed_over` counts files and folders, `planted` documents that hold canaries
-    and came from no item; all else counts items."""
+    and came from no item, `private` finds of each kind in `private_texts` items; all else counts
+    items."""
 
     fingerprint: str
     items: int
@@ -91,6 +94,8 @@ class CorpusReport(_Record):
     vocab_size: int
     tokenizer_digest: str
     planted: int = 0
+    private: dict[str, int] = {}
+    private_texts: int = 0
     notes: tuple[str, ...] = ()
 
     @property
@@ -215,6 +220,12 @@ def render_report(report: CorpusReport, *, examples: int = 2) -> str:
             f"{name:<12}{split.documents:>12,}{split.tokens:>16,}{split.text_bytes:>16,}"
             f"{split.bytes_per_token:>13.2f}"
         )
+    if report.private_texts:
+        kinds = ", ".join(
+            f"{count:,} {LABELS.get(kind, kind).strip('[]')}"
+            for kind, count in sorted(report.private.items(), key=lambda entry: -entry[1])
+        )
+        lines += ["", f"private data in {report.private_texts:,} items ({PRIVATE_NAME}): {kinds}"]
     if report.planted:
         lines += [
             "", f"{report.planted:,} of the training documents are planted canaries, which are no"

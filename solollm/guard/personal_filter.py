@@ -12,7 +12,7 @@ from collections.abc import Collection, Sequence
 from functools import cached_property
 
 from solollm.guard.notices import Action, Notices
-from solollm.guard.personal import CONTEXT_CHARS, KINDS, LABELS, bare, find_personal
+from solollm.personal import CONTEXT_CHARS, KINDS, LABELS, bare, find_personal
 from solollm.serving.text_filter import HeldFilter
 
 _MAX_WORD, _MAX_GROUP = 512, 160  # characters; what is longer is looked at in parts

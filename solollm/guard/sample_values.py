@@ -9,7 +9,7 @@ import random
 import string
 from collections.abc import Callable
 
-from solollm.guard.personal import luhn_holds, mod_97
+from solollm.personal import luhn_holds, mod_97
 
 FIRST = ("Mira", "Jonas", "Aiko", "Tomás", "Leila", "Oskar", "Priya", "Wen", "Nadia", "Colm")
 LAST = ("Okafor", "Lindqvist", "Moreau", "Tanaka", "Vance", "Novak", "Ibarra", "Haddad", "Petrov")

@@ -10,7 +10,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from solollm.errors import ConfigError, nearest
 from solollm.guard.notices import Action
-from solollm.guard.personal import KINDS, Kind
+from solollm.personal import KINDS, Kind
 
 MAX_PATTERN_CHARS = 1000
 
