@@ -28,7 +28,7 @@ LAYERS = (
     " tokenizer_format tokenizer fast_encoding tokenizer_training chat_template preference",
     "data schedule manifest certificate frozen_base bases checkpoint checkpoint_writer model_folder"
     " runlock runs run_log bundle archive planner registry drawing forecast calibration reality"
-    " generation tokenizer_inspection watch faults dtype_choice",
+    " generation tokenizer_inspection watch faults dtype_choice following",
     "evaluation report held_out broken_steps continuation completion dialogue remote_dialogue",
     "workload trainer",
     "lifeline ranks pretraining rehearsal finetune planning environments horizon"

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from solollm.commands import console, print_json
+from solollm.commands import console, print_json, watching
 from solollm.commands.pretrain import say
 from solollm.commands.runs_card import card
 from solollm.errors import quoted
@@ -36,6 +36,9 @@ def command() -> None:
 
 
 command.add_command(card)
+
+
+command.add_command(watching.command)
 
 
 @command.command("list", epilog="\b\nExample:\n  solollm runs list\n  solollm runs list old/runs")

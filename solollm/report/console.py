@@ -7,8 +7,11 @@ arrives (no thread), at most ten times a second.
 from __future__ import annotations
 
 import json
+import math
+import sys
 import time
-from collections.abc import Callable, Mapping
+from collections import deque
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from rich.console import Console, Group, RenderableType
@@ -27,6 +30,7 @@ _BARS = "▁▂▃▄▅▆▇█"
 _REDRAW_SECONDS = 0.1
 _LINE_SECONDS = 2.0  # between plain lines; the first and the last always appear
 _SAMPLE_CHARACTERS = 400
+_PACE_ROWS = 64  # the latest ones, from which the time left is told
 _MOST_POINTS = 1024  # behind the small curve: weeks of rows must not slow the training down
 _NOTES = {
     "step_skipped": "step {step} was not finite and was skipped",
@@ -55,6 +59,9 @@ class JsonSink:
     def start(self, facts: Row) -> None:
         self._line({"kind": "start", **facts})
 
+    def recall(self, rows: Sequence[Row]) -> None:
+        """Rows of before are in the run's files; here come those that are new."""
+
     def metrics(self, row: Row) -> None:
         self._line(row)
 
@@ -75,11 +82,16 @@ class JsonSink:
 
 
 class ConsoleSink:
-    """A run on a rich console: live where it is a terminal, a line now and then where not."""
+    """A run on a rich console: live where it is a terminal, a line every `line_seconds` where
+    not."""
 
-    def __init__(self, console: Console, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(
+        self, console: Console, clock: Callable[[], float] = time.monotonic, *,
+        line_seconds: float = _LINE_SECONDS,
+    ) -> None:  # fmt: skip
         self._console = console
         self._clock = clock
+        self._line_seconds = line_seconds
         self._live: Live | None = None
         self._total_steps = 0
         self._start_step = 0
@@ -88,6 +100,7 @@ class ConsoleSink:
         self._sample: dict[str, Any] = {}
         self._curve: list[float | None] = []
         self._num_rows, self._stride = 0, 1
+        self._pace: deque[tuple[float, float]] = deque(maxlen=_PACE_ROWS)  # step, seconds of it
         self._began = self._shown = clock()
         self._shown_step: object = None
 
@@ -95,22 +108,46 @@ class ConsoleSink:
         self._total_steps = int(facts.get("total_steps") or 0)
         self._start_step = int(facts.get("start_step") or 0)
         self._began = self._clock()
-        self._shown = self._began - _LINE_SECONDS
+        self._shown = self._began - self._line_seconds
         self._print(Text(_headline(facts), style="bold"))
         if self._console.is_terminal and not self._console.is_dumb_terminal:
             self._live = Live(self._block(), console=self._console, auto_refresh=False)
             self._live.start()
             self._console.show_cursor(True)  # a second Ctrl-C ends without any clean-up
 
+    def recall(self, rows: Sequence[Row]) -> None:
+        """The rows of before, in the place of all that was told: of a run that is watched, and
+        began earlier or went back."""
+        self._row, self._held_out, self._sample, self._curve = {}, {}, {}, []
+        self._num_rows, self._stride = 0, 1
+        self._pace.clear()
+        for row in rows:
+            if row.get("kind") == "eval":
+                self._held_out = dict(row)
+            elif row.get("kind") == "sample":
+                self._sample = dict(row)
+            else:
+                self._note(row)
+        if self._live is not None:
+            self._live.update(self._block(), refresh=True)
+        elif self._row and self._shown_step is None:
+            self._show(self._line)
+
     def metrics(self, row: Row) -> None:
+        self._note(row)
+        self._show(self._line)
+
+    def _note(self, row: Row) -> None:
         self._row = dict(row)
+        step, seconds = _number(row, "step"), _number(row, "elapsed_seconds")
+        if step is not None and seconds is not None:
+            self._pace.append((step, seconds))
         if self._num_rows % self._stride == 0:
             self._curve.append(_number(row, "reward" if "reward" in row else "loss"))
         self._num_rows += 1
         if len(self._curve) > _MOST_POINTS:  # every other one draws the same curve
             del self._curve[1::2]
             self._stride *= 2
-        self._show(self._line)
 
     def evaluation(self, row: Row) -> None:
         self._held_out = dict(row)
@@ -127,7 +164,7 @@ class ConsoleSink:
         values = {"detail": row.get("reason") or row.get("changes") or "", **row, "cause": cause}
         try:
             note = form.format(**values)
-        except KeyError:
+        except (KeyError, ValueError, TypeError):  # one of another version, or of another hand
             note = str(row.get("kind"))
         self._print(Text(f"  {note}", style="dim"))
 
@@ -142,7 +179,7 @@ class ConsoleSink:
     def _show(self, line: Callable[[], str], *, now: bool = False) -> None:
         """Redraw the block, or print the line, unless that happened just before."""
         moment = self._clock()
-        pause = _REDRAW_SECONDS if self._live is not None else _LINE_SECONDS
+        pause = _REDRAW_SECONDS if self._live is not None else self._line_seconds
         if not now and moment - self._shown < pause:
             return
         if self._live is not None:
@@ -153,6 +190,7 @@ class ConsoleSink:
             self._shown, self._shown_step = moment, self._row.get("step")
 
     def _print(self, text: Text) -> None:
+        text.plain = _printable(text.plain)
         self._console.print(text, soft_wrap=True)
 
     def _line(self) -> str:
@@ -160,7 +198,7 @@ class ConsoleSink:
         parts = [
             f"step {row['step']:,}/{self._total_steps:,}",
             _quality_text(row),
-            f"lr {row['lr']:.2g}" if row.get("lr") is not None else "",
+            f"lr {lr:.2g}" if (lr := _number(row, "lr")) is not None else "",
             _with_unit(row, "tokens_per_second", "tok/s"),
             f"ETA {eta}" if (eta := self._eta()) else "",
         ]
@@ -169,6 +207,10 @@ class ConsoleSink:
     def _eta(self) -> str:
         done = int(self._row.get("step") or 0) - self._start_step
         left = self._total_steps - self._start_step - done
+        if len(self._pace) > 1 and left > 0:
+            (first, began), (last, ended) = self._pace[0], self._pace[-1]
+            if last > first and ended > began:
+                return duration_text((ended - began) / (last - first) * left)
         if done <= 0 or left <= 0:
             return ""
         return duration_text((self._clock() - self._began) / done * left)
@@ -193,7 +235,7 @@ class ConsoleSink:
         speed = [
             _with_unit(row, "tokens_per_second", "tokens/s"),
             _with_unit(row, "tokens_seen", "tokens seen"),
-            f"{format_bytes(int(row['memory_bytes']))} memory" if row.get("memory_bytes") else "",
+            f"{format_bytes(int(held))} memory" if (held := _number(row, "memory_bytes")) else "",
         ]
         if any(speed):
             facts.add_row("speed", ", ".join(part for part in speed if part))
@@ -230,7 +272,7 @@ def _printable(text: object) -> str:
 
 def _headline(facts: Row) -> str:
     parts = [
-        f"training {facts.get('run', '')}".strip(),
+        f"{facts.get('doing', 'training')} {facts.get('run', '')}".strip(),
         _with_unit(facts, "num_parameters", "parameters"),
         _with_unit(facts, "tokens_per_step", "tokens a step"),
         f"on {facts['backend']} ({facts.get('device', '')})" if facts.get("backend") else "",
@@ -265,4 +307,6 @@ def _with_unit(row: Row, key: str, unit: str) -> str:
 
 def _number(row: Row, key: str) -> float | None:
     value = row.get(key)
-    return float(value) if isinstance(value, (int, float)) else None
+    if not isinstance(value, (int, float)) or abs(value) > sys.float_info.max:
+        return None  # the latter: of a file that another hand has written
+    return float(value) if math.isfinite(value) else None
