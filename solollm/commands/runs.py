@@ -32,7 +32,7 @@ Examples:
 
 @click.group("runs", epilog=_EPILOG)
 def command() -> None:
-    """List, show, verify, describe and move runs."""
+    """List, show, watch, verify, describe and move runs."""
 
 
 command.add_command(card)
