@@ -47,6 +47,15 @@ _NOTES = {
     "continuation_missing": "what comes next could not be written down: {detail}",
     "environment_changed": "this is not the environment of before: {detail}",
     "sink_failed": "{sink} failed and is off: {error}",
+    "keep_awake": "the machine cannot be kept awake: it may fall asleep",
+    "tidied": "what a crash had left behind was tidied",
+    "metrics_mended": "torn rows of a crash were dropped: {lines_dropped}",
+    "fault": "a fault of the {fault}: {error}",
+    "restarted": "its supervisor starts it again: {cause}, {ending}",
+    "given_up": "its supervisor has given up: {cause}, {ending}",
+    "failed": "failed: {detail}",
+    "continuation_refused": "what comes next is not what was promised: {result}",
+    "report_failed": "report.html could not be written: {detail}",
 }
 
 
