@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import json
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -195,8 +196,10 @@ class _Build:
                 self._tally.count_in(item)
                 broken = self._take(item, number) if isinstance(item, Document) else item
                 if isinstance(broken, Broken):
-                    self._tally.broken(broken)
-                    quarantine.add(broken)
+                    # Nobody has looked for private data in what is broken.
+                    shown = replace(broken, excerpt="") if self._private else broken
+                    self._tally.broken(shown)
+                    quarantine.add(shown)
 
     def _take(self, document: Document, number: int) -> Broken | None:
         """Spool a document, or say what is broken about it."""

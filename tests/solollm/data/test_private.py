@@ -134,6 +134,17 @@ def test_dropping_says_why(notes: Path, tmp_path: Path) -> None:
     assert not (tmp_path / "d").exists()
 
 
+def test_what_is_broken_is_not_shown(notes: Path, tmp_path: Path) -> None:
+    """Guards a leak beside the corpus: broken items are not looked at for private data."""
+    (notes / "bad.jsonl").write_text('{"text": "Mail ada@engine.org and \n')
+    for name, action in (("shown", None), ("not", "mask")):
+        build_corpus([notes], tmp_path / name, vocab_size=512, private=action)  # type: ignore[arg-type]
+        written = (tmp_path / name / "quarantine.jsonl").read_text()
+        assert "bad.jsonl" in written
+        reported = (tmp_path / name / "report.json").read_text()
+        assert ("ada@engine.org" in written + reported) == (action is None)
+
+
 def test_equal_texts_and_setting_give_an_equal_corpus(notes: Path, tmp_path: Path) -> None:
     """Guards fingerprints, and that without the option nothing is looked for or written."""
     made = [
