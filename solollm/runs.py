@@ -287,7 +287,10 @@ def _is_after(row: Row, step: int) -> bool:
 
 
 def _is_lineage(part: object) -> bool:
-    return isinstance(part, dict) and isinstance(part.get("first_step"), int)
+    if not isinstance(part, dict) or type(part.get("first_step")) is not int:
+        return False
+    environment = part.get("environment")
+    return isinstance(environment, dict) and isinstance(environment.get("versions") or {}, dict)
 
 
 def _seconds_of(row: Row) -> float:

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import click
 
+from solollm.commands import console
 from solollm.commands.pretrain import say
 
 _EPILOG = """\b
@@ -35,9 +36,14 @@ def card(run: Path, out: Path | None, name: str, licence: str, languages: tuple[
 
     if out is not None and out.exists():
         raise ConfigError(f"{out} is there already", fix="give another --out, or remove it first")
-    text = run_card(run, name=name, licence=licence, languages=languages)
+    text = run_card(run, name=name, licence=licence, languages=languages, tell=say_aside)
     if out is None:
         click.echo(text, nl=False)
         return
     durable.replace_file(out, text.encode("utf-8", "replace"))
     say(f"written to {out}")
+
+
+def say_aside(note: str) -> None:
+    """On standard error: standard output is the card's."""
+    console(stderr=True).print(note, markup=False, soft_wrap=True)

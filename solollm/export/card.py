@@ -18,10 +18,16 @@ from solollm import __version__
 from solollm.architecture import ModelConfig
 from solollm.checkpoint import TrainerState
 from solollm.config import RunConfig
-from solollm.errors import SoloLLMError
-from solollm.export.record import data_section, evaluation_sections, sample_section, table
+from solollm.export.record import (
+    data_section,
+    evaluation_sections,
+    held_out_figure,
+    sample_section,
+    table,
+)
 from solollm.frozen_base import TrainedAdapter
 from solollm.model_folder import Origin
+from solollm.report.html import duration_text
 from solollm.runs import Run
 
 _LIBRARIES = {"hf": "transformers", "mlx": "mlx", "gguf": "llama.cpp", "peft": "peft"}
@@ -106,18 +112,16 @@ class CardFacts:
 
 
 def read_training(run: Path | None, state: TrainerState | None) -> Training | None:
-    """The record that belongs to a checkpoint's state; a damaged run leaves the state alone."""
+    """The record that belongs to a checkpoint's state. Raises ConfigError or IntegrityError where
+    the run's own files cannot be read: what they hold must not pass for never recorded."""
     if state is None:
         return None
     if run is None:
         return Training(state)
-    try:
-        opened = Run.open(run)
-        metrics, plan = opened.read_metrics(), opened.read_plan()
-        rows = [row for row in metrics if row.get("kind") == "eval"]
-        lineage = opened.read_lineage()
-    except SoloLLMError:
-        return Training(state)
+    opened = Run.open(run)
+    metrics, plan = opened.read_metrics(), opened.read_plan()
+    rows = [row for row in metrics if row.get("kind") == "eval"]
+    lineage = opened.read_lineage()
     done = [row for row in rows if _number(row.get("step")) and row["step"] <= state.step]
     parts = [part for part in lineage if part["first_step"] < state.step]
     held_out = done[-1] if done else None
@@ -152,11 +156,13 @@ def _of_the_run(training: Training, checkpoint: str) -> Iterator[str]:
     """Data, figures and a sample: as far as there is a run that knows them."""
     run, config, state = training.run, training.config, training.state
     if run is None or config is None:
-        yield "## Evaluation\n" + _evaluation(training.held_out)
+        yield "## Evaluation\n" + held_out_figure(training.held_out)
         return
     yield "## Data\n" + data_section(run, config, state)
     figures = evaluation_sections(run, checkpoint)
-    yield "\n".join(filter(None, ["## Evaluation\n" + _evaluation(training.held_out), figures]))
+    objective = config.finetune.objective if config.finetune is not None else ""
+    held_out = "## Evaluation\n" + held_out_figure(training.held_out, objective)
+    yield "\n".join(filter(None, [held_out, figures]))
     sample = sample_section(training.metrics, state.step)
     if sample:
         yield "## A sample\n" + sample
@@ -234,13 +240,9 @@ def _training_rows(training: Training) -> _Rows:
         if config.train.init_from:
             rows.append(("began from", f"the weights of `{Path(config.train.init_from).name}`"))
     if state.elapsed_seconds >= 1:
-        rows.append(("time", _duration(state.elapsed_seconds)))
+        rows.append(("time", duration_text(state.elapsed_seconds)))
     rows += [*_energy(training.plan), *_machines(training)]
     return rows
-
-
-def _duration(seconds: float) -> str:
-    return f"{seconds / 3600:,.1f} hours" if seconds >= 5400 else f"{seconds / 60:.1f} minutes"
 
 
 def _energy(plan: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
@@ -265,19 +267,6 @@ def _environment(environment: Mapping[str, Any]) -> str:
     facts = f"{environment.get('backend')} on {environment.get('device')},"
     facts += f" {environment.get('compute_dtype')}"
     return f"{facts}; {listed}" if listed else facts
-
-
-def _evaluation(row: Mapping[str, Any] | None) -> str:
-    if row is None or not _number(row.get("loss")):
-        return "None was recorded.\n"
-    figure = f"**{row['loss']:.4f} nats per token**"
-    if _number(row.get("bits_per_byte")):
-        figure += f" ({row['bits_per_byte']:.4f} bits per byte)"
-    targets = f" over {row['targets']:,} tokens" if _number(row.get("targets")) else ""
-    return (
-        f"Loss on documents held out of training: {figure}{targets}, measured at step"
-        f" {row['step']:,} on the weights as they were trained.\n"
-    )
 
 
 def _number(value: object) -> bool:

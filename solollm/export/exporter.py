@@ -16,9 +16,9 @@ from solollm.architecture import ModelConfig, parameter_table
 from solollm.backend import ComputeDType, DType, HostTensor, TensorSource
 from solollm.bases import is_adapter
 from solollm.completion import find_checkpoint
-from solollm.errors import ConfigError
+from solollm.errors import ConfigError, SoloLLMError
 from solollm.export.adapter import export_mlx_lm_adapter
-from solollm.export.card import CardFacts, model_card, read_training
+from solollm.export.card import CardFacts, Training, model_card, read_training
 from solollm.export.gguf import GgufLayout, write_gguf_folder
 from solollm.export.source import Source, open_source
 from solollm.model_folder import (
@@ -97,7 +97,7 @@ def export_model(
         layout: Layout | GgufLayout = Layout.of(opened.model, tag, bits)
         if target == "gguf":
             layout = GgufLayout(opened.model, tag, bits)
-        card = _card(opened, out.resolve().name, target, layout.words()).encode()
+        card, notes = _card(opened, out.resolve().name, target, layout.words())
         if isinstance(layout, GgufLayout):
             num_bytes = write_gguf_folder(opened, out, layout, {"README.md": card})
         else:
@@ -111,7 +111,7 @@ def export_model(
             num_parameters=opened.model.num_parameters(),
             num_bytes=num_bytes,
             plain_matrices=layout.plain_matrices(),
-            notes=opened.notes,
+            notes=(*opened.notes, *notes),
         )
 
 
@@ -236,15 +236,29 @@ def _check_bits(target: Target, bits: int | None) -> None:
         raise ConfigError(f"--bits {bits} is not 4 or 8", fix="choose 4 or 8")
 
 
-def _card(source: Source, name: str, target: Target, weights: str) -> str:
-    return model_card(
-        CardFacts(
-            name=name,
-            model=source.model,
-            target=target,
-            weights=weights,
-            training=read_training(source.run, source.state),
-            origin=source.origin,
-            checkpoint=source.path.name,
-        )
+def _card(source: Source, name: str, target: Target, weights: str) -> tuple[bytes, tuple[str, ...]]:
+    """README.md, and what has to be said of it."""
+    training, notes = _training(source)
+    facts = CardFacts(
+        name=name,
+        model=source.model,
+        target=target,
+        weights=weights,
+        training=training,
+        origin=source.origin,
+        checkpoint=source.path.name,
     )
+    return model_card(facts).encode(), notes
+
+
+def _training(source: Source) -> tuple[Training | None, tuple[str, ...]]:
+    """The record for the card, and what has to be said of it: a run's damaged log must not keep its
+    intact weights from being exported."""
+    notes: tuple[str, ...] = ()
+    if (source.path / "README.md").is_file():
+        notes = (f"{source.path / 'README.md'} stays behind: the export has a card of its own",)
+    try:
+        return read_training(source.run, source.state), notes
+    except SoloLLMError as error:
+        note = f"README.md knows of the checkpoint alone, the run's own record is damaged: {error}"
+        return read_training(None, source.state), (*notes, note)

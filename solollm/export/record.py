@@ -6,9 +6,9 @@ publish how their disk is laid out.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from solollm.checkpoint import TrainerState
 from solollm.config import RunConfig
@@ -22,6 +22,7 @@ from solollm.strictfile import parse_json, read_bytes
 EVALUATIONS = "evaluations"
 _SPLITS = {"train": "trained on", "validation": "held out"}
 Table = list[tuple[str, ...]]
+_Told = TypeVar("_Told")
 
 
 def data_section(run: Path, config: RunConfig, state: TrainerState) -> str:
@@ -47,21 +48,22 @@ def evaluation_sections(run: Path, checkpoint: str) -> str:
     found = list(_evaluations(run / EVALUATIONS, checkpoint))
     scores: dict[tuple[Any, ...], tuple[str, ...]] = {}
     for document in found:
-        scores |= _scores(document)
+        scores |= _read(_scores, document) or {}
     parts = []
     if scores:
         head = ("measured on", "figure", "95%", "of", "by")
         parts.append(table(head, list(scores.values())))
-    memorised = [document for document in found if document.get("passages")]
-    if memorised:
-        parts.append(_memorised(memorised[-1]))
+    memorised = [text for d in found if d.get("passages") and (text := _read(_memorised, d))]
+    parts += memorised[-1:]
     return "\n".join(parts)
 
 
 def sample_section(rows: Sequence[Mapping[str, Any]], step: int) -> str:
     """The last text that the model wrote while it was trained, up to `step`."""
     done = [
-        row for row in rows if row.get("kind") == "sample" and row.get("step", step + 1) <= step
+        row
+        for row in rows
+        if row.get("kind") == "sample" and type(row.get("step")) is int and row["step"] <= step
     ]
     if not done:
         return ""
@@ -69,6 +71,30 @@ def sample_section(rows: Sequence[Mapping[str, Any]], step: int) -> str:
     shown = "".join(char for char in text if char == "\n" or char.isprintable()).strip("\n")
     fence = "`" * max(3, _longest_run(shown, "`") + 1)
     return f"Written at step {done[-1]['step']:,}, unedited:\n\n{fence}text\n{shown}\n{fence}\n"
+
+
+def held_out_figure(row: Mapping[str, Any] | None, objective: str = "") -> str:
+    """What a run's last evaluation on what it held out came to, in the unit of its objective: a
+    pair's loss is no loss per token, and GRPO's is 1 - reward."""
+    figures = {key: value for key, value in (row or {}).items() if type(value) in (int, float)}
+    count, step = int(figures.get("targets", 0)), int(figures.get("step", 0))
+    if objective == "grpo" and "reward" in figures:
+        text = f"Reward of one greedy answer to each of {_counted(count, 'prompt')} held out of"
+        text += f" training: **{figures['reward']:.4f}**"
+    elif "loss" not in figures or objective == "grpo":
+        return "None was recorded.\n"
+    elif objective == "dpo":
+        text = f"DPO's loss over {_counted(count, 'pair')} held out of training:"
+        text += f" **{figures['loss']:.4f}**"
+        if "accuracy" in figures:
+            text += f"; {figures['accuracy']:.0%} of them preferred the right way round"
+    else:
+        held_out = "samples" if objective else "documents"
+        text = f"Loss on {held_out} held out of training: **{figures['loss']:.4f} nats per token**"
+        if "bits_per_byte" in figures:
+            text += f" ({figures['bits_per_byte']:.4f} bits per byte)"
+        text += f" over {_counted(count, 'token')}" if count else ""
+    return f"{text}, measured at step {step:,} on the weights as they were trained.\n"
 
 
 def table(head: Sequence[str], rows: Table) -> str:
@@ -108,7 +134,10 @@ def _corpus_rows(report: CorpusReport, state: TrainerState, *, is_all: bool) -> 
 
 def _sample_rows(index: SamplesIndex) -> Table:
     rows: Table = [
-        (_SPLITS.get(name, name.replace("_", " ")), _counted(record.samples, "sample"))
+        (
+            _SPLITS.get(name, name.replace("_", " ")),
+            _counted(record.samples // record.group, "sample" if record.group == 1 else "pair"),
+        )
         for name, record in index.splits.items()
     ]
     shapes = ", ".join(f"{count:,} {shape}" for shape, count in index.shapes.items())
@@ -123,6 +152,14 @@ def _evaluations(folder: Path, checkpoint: str) -> Iterator[Mapping[str, Any]]:
             continue
         if isinstance(document, dict):
             yield document
+
+
+def _read(tell: Callable[[Mapping[str, Any]], _Told], document: Mapping[str, Any]) -> _Told | None:
+    """What an evaluation says; None where it is not laid out as one."""
+    try:
+        return tell(document)
+    except (KeyError, TypeError, ValueError, AttributeError, IndexError):
+        return None
 
 
 def _scores(document: Mapping[str, Any]) -> dict[tuple[Any, ...], tuple[str, ...]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 from solollm.adapters import BASE
@@ -14,20 +15,25 @@ from solollm.tensorfile import open_weights
 
 
 def run_card(
-    run: Path, *, name: str = "", licence: str = "", languages: tuple[str, ...] = ()
-) -> str:
+    run: Path, *, name: str = "", licence: str = "", languages: tuple[str, ...] = (),
+    tell: Callable[[str], object] = lambda note: None,
+) -> str:  # fmt: skip
     """The card of a run's newest intact checkpoint, in Markdown, as an export would hold it.
 
     Args:
         name: of the model; default: the run's.
         licence, languages: as the Hugging Face hub spells them, such as "apache-2.0" and "en".
 
+        tell: hears of damaged checkpoints that were passed over.
+
     Raises:
         ConfigError: no run there, or none with a checkpoint.
         IntegrityError: damaged files.
     """
     opened = Run.open(run)
-    folder, _ = find_checkpoint(run)
+    folder, notes = find_checkpoint(run)
+    for note in notes:
+        tell(note)
     checkpoint = open_checkpoint(folder, verify="sizes")
     try:
         is_adapter = (folder / BASE).is_file()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import socket
 from getpass import getuser
 from pathlib import Path
@@ -15,9 +16,11 @@ from solollm.cli import main
 from solollm.completion import find_checkpoint
 from solollm.data.build import build_corpus
 from solollm.data.report import read_report
-from solollm.errors import SoloLLMError
-from solollm.export.record import sample_section, table
+from solollm.errors import IntegrityError, SoloLLMError
+from solollm.export import export_model
+from solollm.export.record import _sample_rows, held_out_figure, sample_section, table
 from solollm.export.run_card import run_card
+from solollm.finetune.samples import SamplesIndex
 from solollm.runs import Run
 
 pytest.importorskip("torch")
@@ -134,3 +137,84 @@ def test_what_a_model_wrote_stays_in_its_fence() -> None:
     assert section == "Written at step 3, unedited:\n\n`````text\na````\n# no head[2J\n`````\n"
     assert sample_section(rows, 2) == ""
     assert table(("a", "b"), [("x|y", "two\nlines")]).endswith("| x\\|y | two lines |\n")
+
+
+@pytest.mark.parametrize(
+    ("objective", "row", "told"),
+    [
+        ("grpo", {"loss": 0.75, "reward": 0.25, "targets": 8}, "each of 8 prompts held out of"
+         " training: **0.2500**, measured at step 6"),
+        ("dpo", {"loss": 0.7, "accuracy": 0.5, "targets": 4, "bits_per_byte": None}, "DPO's loss"
+         " over 4 pairs held out of training: **0.7000**; 50% of them preferred the right way round"),
+        ("sft", {"loss": 1.5, "bits_per_byte": 2.0, "targets": 1}, "Loss on samples held out of"
+         " training: **1.5000 nats per token** (2.0000 bits per byte) over 1 token,"),
+        ("grpo", {"loss": 0.75}, "None was recorded."),
+        ("", {"loss": "1.5"}, "None was recorded."),
+    ],
+)  # fmt: skip
+def test_a_held_out_figure_has_the_unit_of_its_objective(
+    objective: str, row: dict[str, Any], told: str
+) -> None:
+    """Guards against 1 - reward, and the loss of a pair, published as nats per token."""
+    assert told in held_out_figure({"kind": "eval", "step": 6, **row}, objective)
+
+
+def test_pairs_are_counted_as_pairs() -> None:
+    """Guards the count of preferences, of which each is two samples."""
+    split = {"samples": 160, "group": 2, "text_bytes": 9, "digest": "d"}
+    index = SamplesIndex.model_validate({"tokenizer_digest": "t", "splits": {"train": split}})
+    assert _sample_rows(index) == [("trained on", "80 pairs")]
+
+
+@pytest.fixture
+def copied(run: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(run, tmp_path / "copied"))
+
+
+@pytest.mark.parametrize(
+    "document",
+    [{"texts": 5}, {"texts": [{}]}, {"texts": [{"name": 1}]}, {"benchmarks": [1]},
+     {"benchmarks": {"scores": [{}]}}, {"passages": [{}]}],
+)  # fmt: skip
+def test_an_evaluation_of_another_layout_is_passed_over(copied: Path, document: Any) -> None:
+    """Guards against a traceback for a file that something else has written."""
+    before = run_card(copied)
+    (step,) = (path.name for path in (copied / "checkpoints").iterdir())
+    (copied / "evaluations" / f"{step}-zzz.json").write_text(json.dumps(document))
+    assert run_card(copied) == before
+
+
+def test_rows_without_a_step_are_passed_over(copied: Path) -> None:
+    """Guards against a traceback for a row that a crash, or another program, has left."""
+    before = run_card(copied)
+    with (copied / "metrics.jsonl").open("a") as log:
+        log.write('{"kind":"sample","step":"x"}\n{"kind":"sample","step":null,"text":"a"}\n')
+    assert run_card(copied) == before
+
+
+@pytest.mark.parametrize("entry", [{}, {"environment": "x"}, {"environment": {"versions": [1]}}])
+def test_a_damaged_record_is_one_error_and_the_weights_still_leave(
+    copied: Path, tmp_path: Path, entry: dict[str, Any]
+) -> None:
+    """Guards against "None was recorded" of a run whose record cannot be read."""
+    (copied / "lineage.json").write_text(json.dumps([{"first_step": 0, **entry}]))
+    with pytest.raises(IntegrityError, match="is no list of environments"):
+        run_card(copied)
+    report = export_model(copied, tmp_path / "out")
+    assert "the run's own record is damaged" in report.notes[-1]
+    again = export_model(tmp_path / "out", tmp_path / "again")
+    assert "README.md stays behind" in again.notes[-1]
+
+
+def test_a_damaged_checkpoint_that_was_passed_over_is_told(
+    copied: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Guards against the card of an earlier checkpoint in the place of the newest, in silence."""
+    capsys.readouterr()
+    (step,) = (copied / "checkpoints").iterdir()
+    newest = shutil.copytree(step, copied / "checkpoints" / "step-00000009")
+    (newest / "model.safetensors").write_bytes(b"torn")
+    assert main(["runs", "card", str(copied)]) == 0
+    shown = capsys.readouterr()
+    assert "| steps | 2 of 2 planned |" in shown.out
+    assert "skipped step-00000009" in shown.err
