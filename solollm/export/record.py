@@ -79,8 +79,8 @@ def held_out_figure(row: Mapping[str, Any] | None, objective: str = "") -> str:
     figures = {key: value for key, value in (row or {}).items() if type(value) in (int, float)}
     count, step = int(figures.get("targets", 0)), int(figures.get("step", 0))
     if objective == "grpo" and "reward" in figures:
-        text = f"Reward of one greedy answer to each of {_counted(count, 'prompt')} held out of"
-        text += f" training: **{figures['reward']:.4f}**"
+        text = f"Reward of a greedy answer, over {_counted(count, 'prompt')} held out of training:"
+        text += f" **{figures['reward']:.4f}**"
     elif "loss" not in figures or objective == "grpo":
         return "None was recorded.\n"
     elif objective == "dpo":

@@ -142,10 +142,10 @@ def test_what_a_model_wrote_stays_in_its_fence() -> None:
 @pytest.mark.parametrize(
     ("objective", "row", "told"),
     [
-        ("grpo", {"loss": 0.75, "reward": 0.25, "targets": 8}, "each of 8 prompts held out of"
+        ("grpo", {"loss": 0.75, "reward": 0.25, "targets": 8}, "over 8 prompts held out of"
          " training: **0.2500**, measured at step 6"),
         ("dpo", {"loss": 0.7, "accuracy": 0.5, "targets": 4, "bits_per_byte": None}, "DPO's loss"
-         " over 4 pairs held out of training: **0.7000**; 50% of them preferred the right way round"),
+         " over 4 pairs held out of training: **0.7000**; 50% of them preferred the right"),
         ("sft", {"loss": 1.5, "bits_per_byte": 2.0, "targets": 1}, "Loss on samples held out of"
          " training: **1.5000 nats per token** (2.0000 bits per byte) over 1 token,"),
         ("grpo", {"loss": 0.75}, "None was recorded."),
