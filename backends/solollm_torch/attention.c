@@ -56,7 +56,8 @@ static void turn(heads_t s, i64 place, float sign, const float *x, i64 stride, i
 }
 
 /* Keys, if `rotated`, or values: transposed as panels, [padded(length) / LANES, D, LANES], 0 beyond
- * `length`, and, unless NULL, as `panels`, [D / LANES, length, LANES]. `rows` [length, D] is scratch. */
+ * `length`, and, unless NULL, as `panels`, [D / LANES, length, LANES]. `rows`,
+ * [padded(length), D], is scratch. */
 static void bring(heads_t s, const float *x, i64 length, int rotated, float *rows, float *panels_across,
                   float *panels) {
     i64 D = s.D;

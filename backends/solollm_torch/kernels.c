@@ -8,29 +8,23 @@
  * Letters: N rows, C hidden size, F intermediate size, V vocabulary.
  */
 
+#include "exponential.h"
+
 #include <math.h>
 #include <stdint.h>
 #include <string.h>
 
 typedef int64_t i64;
 
-/* exp to within 2 units in the last place, in a form that compilers vectorise: 2^n e^r with
- * |r| <= ln(2)/2 and a polynomial for e^r (coefficients of Cephes' expf). NaN stays NaN. */
+/* In a form that compilers vectorise. NaN stays NaN. */
 static inline float exp_(float x) {
     x = x < -87.0f ? -87.0f : x;
     x = x > 88.0f ? 88.0f : x;
-    float n = rintf(x * 1.44269504088896341f);
-    float r = x - n * 0.693359375f;
-    r = r + n * 2.12194440e-4f;
-    float p = 1.9875691500e-4f;
-    p = p * r + 1.3981999507e-3f;
-    p = p * r + 8.3334519073e-3f;
-    p = p * r + 4.1665795894e-2f;
-    p = p * r + 1.6666665459e-1f;
-    p = p * r + 5.0000001201e-1f;
-    p = p * r * r + r + 1.0f;
+    float n = rintf(x * LOG2_E);
+    float r = x - n * LN_2_HIGH;
+    r = r - n * LN_2_LOW;
     union { int32_t i; float f; } power = {.i = ((int32_t)n + 127) << 23};
-    return p * power.f;
+    return EXP_NEAR_0(r) * power.f;
 }
 
 /* out = x / sqrt(mean(x^2) + eps) * weight; inverse [N] keeps 1 / sqrt(...). */

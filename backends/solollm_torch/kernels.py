@@ -33,7 +33,7 @@ from solollm.errors import ConfigError
 from solollm_torch.native import built, version_of
 
 SOURCES = tuple(Path(__file__).with_name(name) for name in ("kernels.c", "attention.c"))
-HEADERS = (Path(__file__).with_name("small_products.h"),)
+HEADERS = tuple(Path(__file__).with_name(name) for name in ("small_products.h", "exponential.h"))
 # Without -ffast-math: NaN and infinity must stay what they are, for a bad step to be seen.
 FLAGS = (
     "-O3", "-march=native", "-fopenmp", "-fno-math-errno", "-fno-trapping-math",

@@ -2,6 +2,8 @@
  * cache. Vectors are GCC's and Clang's own, so that one text serves every processor.
  */
 
+#include "exponential.h"
+
 #include <math.h>
 #include <stdint.h>
 #include <string.h>
@@ -35,22 +37,14 @@ static inline vec up_to(i64 end, const float *z, i64 j, float other) {
     return choose(lane < (int32_t)(end - j), x, (vec){0} + other);
 }
 
-/* exp of each, for what is not above 88, within 2 units in the last place: 2^n e^r with
- * |r| <= ln(2)/2 and a polynomial for e^r (coefficients of Cephes' expf). NaN stays NaN. */
+/* exp of each, for what is not above 88. NaN stays NaN. */
 static inline vec exp_(vec x) {
     const vec round = (vec){0} + 12582912.0f; /* 1.5 2^23: a sum with it is a whole number */
     x = choose(x < -87.0f, (vec){0} - 87.0f, x);
-    vec shifted = x * 1.44269504088896341f + round, n = shifted - round;
-    vec r = x - n * 0.693359375f;
-    r = r + n * 2.12194440e-4f;
-    vec p = (vec){0} + 1.9875691500e-4f;
-    p = p * r + 1.3981999507e-3f;
-    p = p * r + 8.3334519073e-3f;
-    p = p * r + 4.1665795894e-2f;
-    p = p * r + 1.6666665459e-1f;
-    p = p * r + 5.0000001201e-1f;
-    p = p * r * r + r + 1.0f;
-    return p * (vec)(((ivec)shifted - (ivec)round + 127) << 23);
+    vec shifted = x * LOG2_E + round, n = shifted - round;
+    vec r = x - n * LN_2_HIGH;
+    r = r - n * LN_2_LOW;
+    return EXP_NEAR_0(r) * (vec)(((ivec)shifted - (ivec)round + 127) << 23);
 }
 
 static inline quad quarter(vec x, int i) {

@@ -28,6 +28,7 @@ Examples:
 Stop it with Ctrl-C: it saves, and `solollm resume` goes on.
 """
 # Flag -> the setting it stands for; --set has the last word.
+_WORTH_SAYING = 4 << 30  # bytes of a corpus that take some seconds to read
 _SHORTCUTS = {
     "corpus": "data.corpus",
     "preset": "model.preset",
@@ -90,9 +91,6 @@ def command(
     result = pretrain(config, run, backend=backend, sinks=[sink_for(as_json=as_json)])
     if not as_json and result.rank == 0:
         show_result(result)
-
-
-_WORTH_SAYING = 4 << 30  # bytes of a corpus that take some seconds to read
 
 
 def sink_for(*, as_json: bool) -> Sink:

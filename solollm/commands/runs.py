@@ -36,8 +36,6 @@ def command() -> None:
 
 
 command.add_command(card)
-
-
 command.add_command(watching.command)
 
 

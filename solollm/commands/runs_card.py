@@ -28,7 +28,8 @@ def card(run: Path, out: Path | None, name: str, licence: str, languages: tuple[
     """The model card of RUN, in Markdown: what it is, what it was trained on, where, and how good
     it is, from the run's own files alone.
 
-    No path, host or name of a source file is in it. An export of a run has it as README.md.
+    No path, no host and no name of a file that the corpus was made of is in it; a text of `solollm
+    eval --text` stands there by its file's name. An export of a run has the card as README.md.
     """
     from solollm import durable
     from solollm.errors import ConfigError

@@ -8,11 +8,10 @@ tokenizer, and the index of one bucket of the spool. A corpus appears whole or n
 from __future__ import annotations
 
 import contextlib
-import json
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from solollm.data.canaries import CANARIES_NAME, Canaries
 from solollm.data.cleaning import Defect, normalise
@@ -21,7 +20,7 @@ from solollm.data.items import Broken, Document, Limits, excerpt
 from solollm.data.near_duplicates import NearDuplicate, find_near_duplicates
 from solollm.data.placement import check_out, swept
 from solollm.data.private import PRIVATE_NAME, PrivateAction, PrivateData
-from solollm.data.quarantine import Quarantine
+from solollm.data.records import Records
 from solollm.data.report import (
     NEAR_DUPLICATES_NAME,
     QUARANTINE_NAME,
@@ -142,7 +141,9 @@ class _Build:
     ) -> None:  # fmt: skip
         self._sources, self._staging, self._limits = sources, staging, limits
         self._held_out, self._canaries = held_out, canaries
-        self._private = PrivateData(staging / PRIVATE_NAME, private) if private else None
+        self._private: PrivateData | None = None
+        if private is not None:
+            self._private = PrivateData(private, Records(staging / PRIVATE_NAME))
         self._tail_of: bytes | None = None  # the document whose end is held out, instead
         self._tail_chars = 0
         self._bytes_read = 0
@@ -155,8 +156,8 @@ class _Build:
     def run(
         self, tokenizer: Tokenizer | None, vocab_size: int | None, near: float | None
     ) -> CorpusReport:
-        private = self._private or contextlib.nullcontext()
-        with self._spool, private, Quarantine(self._staging / QUARANTINE_NAME) as quarantine:
+        private = self._private.records if self._private else contextlib.nullcontext()
+        with self._spool, private, Records(self._staging / QUARANTINE_NAME) as quarantine:
             self._read(quarantine)
         if near is not None:
             self._leave_out_near(near)
@@ -190,7 +191,7 @@ class _Build:
         _write(self._staging / REPORT_NAME, report.model_dump_json(indent=1).encode())
         return report
 
-    def _read(self, quarantine: Quarantine) -> None:
+    def _read(self, quarantine: Records) -> None:
         for number, source in enumerate(self._sources):
             for item in read_source(source, self._limits):
                 self._tally.count_in(item)
@@ -199,7 +200,7 @@ class _Build:
                     # Nobody has looked for private data in what is broken.
                     shown = replace(broken, excerpt="") if self._private else broken
                     self._tally.broken(shown)
-                    quarantine.add(shown)
+                    quarantine.add(vars(shown))
 
     def _take(self, document: Document, number: int) -> Broken | None:
         """Spool a document, or say what is broken about it."""
@@ -233,19 +234,19 @@ class _Build:
                 _Texts(texts), threshold, self._staging / "spool",
                 tell=lambda done: self._tell(Progress("comparing", total * done // count, total)),
             )  # fmt: skip
-            with create_file(self._staging / NEAR_DUPLICATES_NAME) as file:
+            with Records(self._staging / NEAR_DUPLICATES_NAME) as records:
                 for pair in found:
-                    file.write(self._near_line(texts, pair))
+                    records.add(self._near_duplicate(texts, pair))
         self._spool.leave_out(pair.text for pair in found)
 
-    def _near_line(self, texts: SpooledTexts, pair: NearDuplicate) -> bytes:
+    def _near_duplicate(self, texts: SpooledTexts, pair: NearDuplicate) -> dict[str, Any]:
         sources = self._tally.sources
         text, like = texts[pair.text], texts[pair.like]
         beginning = excerpt(text.text[:400].decode("utf-8", "ignore"))
         detail = f"{pair.similarity:.2f} like one of {sources[like.source]}"
         source = sources[text.source]
         self._tally.dropped(source, "", "near duplicate", detail=detail, excerpt=beginning)
-        line = {
+        return {
             "similarity": round(pair.similarity, 4),
             "source": source, "digest": text.digest.hex(), "beginning": beginning,
             "like": {
@@ -253,7 +254,6 @@ class _Build:
                 "beginning": excerpt(like.text[:400].decode("utf-8", "ignore")),
             },
         }  # fmt: skip
-        return json.dumps(line, ensure_ascii=False).encode() + b"\n"
 
     def _nothing_left(self) -> DataError:
         lost = {

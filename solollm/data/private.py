@@ -7,19 +7,15 @@ what kinds, and never the values.
 
 from __future__ import annotations
 
-import json
 import re
 from collections import Counter
-from pathlib import Path
-from types import TracebackType
 from typing import Literal, NamedTuple
 
-from solollm.durable import create_file
+from solollm.data.records import Records
 from solollm.personal import LABELS, Find, find_personal, without_overlaps
 
 PRIVATE_NAME = "private.jsonl"
 PrivateAction = Literal["mask", "drop"]
-_BLOCK_BYTES = 2**18
 _KEY_BLOCK = re.compile(
     r"-----BEGIN [A-Z ]{0,30}PRIVATE KEY-----(?:[^-]|-(?!----)){1,20000}"
     r"-----END [A-Z ]{0,30}PRIVATE KEY-----"
@@ -45,28 +41,12 @@ def clear(text: str) -> Cleared:
 
 
 class PrivateData:
-    """What one build does about private data, and its record `private.jsonl`."""
+    """What one build does about private data, and its record."""
 
-    def __init__(self, path: Path, action: PrivateAction) -> None:
-        self.action = action
+    def __init__(self, action: PrivateAction, records: Records) -> None:
+        self._action, self.records = action, records
         self.counts: Counter[str] = Counter()
         self.num_texts = 0
-        self._path, self._pending = path, bytearray()
-
-    def __enter__(self) -> PrivateData:
-        self._context = create_file(self._path)
-        self._file = self._context.__enter__()
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:  # fmt: skip
-        try:
-            if error is None:
-                self._file.write(self._pending)
-        finally:
-            self._context.__exit__(kind, error, trace)
 
     def take(self, text: str, source: str, place: str) -> str | None:
         """The text to keep; None: it is left out."""
@@ -75,9 +55,7 @@ class PrivateData:
             return text
         self.num_texts += 1
         self.counts.update(cleared.kinds)
-        line = {"source": source, "place": place, "done": self.action, "kinds": cleared.kinds}
-        self._pending += json.dumps(line, ensure_ascii=False).encode() + b"\n"
-        if len(self._pending) >= _BLOCK_BYTES:
-            self._file.write(self._pending)
-            self._pending.clear()
-        return cleared.text if self.action == "mask" else None
+        self.records.add(
+            {"source": source, "place": place, "done": self._action, "kinds": cleared.kinds}
+        )
+        return cleared.text if self._action == "mask" else None

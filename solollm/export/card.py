@@ -2,7 +2,8 @@
 nothing else.
 
 Every line comes from the checkpoint and its run's own record; what is not recorded has no line. No
-path, host or name of a source file is in it.
+path, no host and no name of a file that the corpus was made of is in it; a text that was measured
+on stands there by its file's name.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from solollm.architecture import ModelConfig
 from solollm.checkpoint import TrainerState
 from solollm.config import RunConfig
 from solollm.export.record import (
+    Table,
     data_section,
     evaluation_sections,
     held_out_figure,
@@ -75,7 +77,6 @@ _NO_LICENCE = """\
 No licence is stated here: who publishes this model adds one that the text, and any model it began
 from, allow.
 """
-_Rows = list[tuple[str, ...]]
 
 
 class Training(NamedTuple):
@@ -194,13 +195,13 @@ def _adapter_words(adapter: TrainedAdapter) -> str:
     return f"A {kind} adapter of rank {adapter.options.rank} beside{of}"
 
 
-def _model_rows(facts: CardFacts) -> _Rows:
+def _model_rows(facts: CardFacts) -> Table:
     model = facts.model
     architecture = model.to_hf()["architectures"][0]
     rope = f"theta {model.rope_theta:g}"
     if model.rope_scaling is not None:
         rope += f", llama3 scaling by {model.rope_scaling.factor:g}"
-    rows: _Rows = [
+    rows: Table = [
         ("architecture", f"`{architecture}`, {model.num_hidden_layers} layers,"
          f" {model.hidden_size} wide, {model.num_attention_heads} heads"
          f" ({model.num_key_value_heads} of keys and values) of {model.head_dim}"),
@@ -219,12 +220,12 @@ def _model_rows(facts: CardFacts) -> _Rows:
     return rows
 
 
-def _training_rows(training: Training) -> _Rows:
+def _training_rows(training: Training) -> Table:
     state, config = training.state, training.config
     steps = f"{state.step:,}"
     if config is not None and config.train.steps:
         steps += f" of {config.train.steps:,} planned"
-    rows: _Rows = [
+    rows: Table = [
         ("corpus", f"fingerprint `{state.data.fingerprint}`, order by seed {state.data.seed}"),
         ("steps", steps),
         ("tokens trained on", f"{state.tokens_seen:,}"),

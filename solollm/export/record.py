@@ -14,12 +14,12 @@ from solollm.checkpoint import TrainerState
 from solollm.config import RunConfig
 from solollm.data.report import CorpusReport, read_report
 from solollm.errors import SoloLLMError
+from solollm.evaluation.report import FOLDER
 from solollm.finetune.samples import SamplesIndex, read_index
 from solollm.run_paths import with_paths_to
 from solollm.run_streams import open_streams
 from solollm.strictfile import parse_json, read_bytes
 
-EVALUATIONS = "evaluations"
 _SPLITS = {"train": "trained on", "validation": "held out"}
 Table = list[tuple[str, ...]]
 _Told = TypeVar("_Told")
@@ -45,7 +45,7 @@ def data_section(run: Path, config: RunConfig, state: TrainerState) -> str:
 def evaluation_sections(run: Path, checkpoint: str) -> str:
     """Every stored evaluation of one checkpoint, the newest of a kind: benchmarks and texts, then
     what it has memorised. Files that cannot be read are passed over."""
-    found = list(_evaluations(run / EVALUATIONS, checkpoint))
+    found = list(_evaluations(run / FOLDER, checkpoint))
     scores: dict[tuple[Any, ...], tuple[str, ...]] = {}
     for document in found:
         scores |= _read(_scores, document) or {}

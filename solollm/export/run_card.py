@@ -23,7 +23,6 @@ def run_card(
     Args:
         name: of the model; default: the run's.
         licence, languages: as the Hugging Face hub spells them, such as "apache-2.0" and "en".
-
         tell: hears of damaged checkpoints that were passed over.
 
     Raises:

@@ -88,14 +88,7 @@ def test_nothing_private_is_in_it(run: Path, corpus: Path) -> None:
 
 def test_without_its_corpus_a_run_says_so(run: Path, tmp_path: Path) -> None:
     """Guards a run that was moved, and one whose corpus was built anew: no figures of another."""
-    moved = tmp_path / "moved" / "runs" / "poet"
-    moved.mkdir(parents=True)
-    for file in run.rglob("*"):
-        if file.is_file():
-            place = moved / file.relative_to(run)
-            place.parent.mkdir(parents=True, exist_ok=True)
-            place.write_bytes(file.read_bytes())
-    text = run_card(moved)
+    text = run_card(shutil.copytree(run, tmp_path / "moved" / "runs" / "poet"))
     assert "not at hand any more" in text
     assert "passes over it" not in text
 
@@ -114,17 +107,12 @@ def test_the_command(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[st
     assert "is no run" in capsys.readouterr().err
 
 
-def test_a_damaged_checkpoint_has_no_card(run: Path, tmp_path: Path) -> None:
+def test_a_damaged_checkpoint_has_no_card(copied: Path) -> None:
     """Guards against a card of files that are not what was trained."""
-    broken = tmp_path / "broken"
-    for file in run.rglob("*"):
-        if file.is_file():
-            place = broken / file.relative_to(run)
-            place.parent.mkdir(parents=True, exist_ok=True)
-            content = file.read_bytes()
-            place.write_bytes(content[:-1] if file.name == "model.safetensors" else content)
+    (weights,) = copied.glob("checkpoints/*/model.safetensors")
+    weights.write_bytes(weights.read_bytes()[:-1])
     with pytest.raises(SoloLLMError):
-        run_card(broken)
+        run_card(copied)
 
 
 def test_what_a_model_wrote_stays_in_its_fence() -> None:
