@@ -29,6 +29,7 @@ from solollm.checkpoint import (
 from solollm.config import RunConfig, dump_config
 from solollm.continuation import look_ahead
 from solollm.data.canaries import CANARIES_NAME
+from solollm.data.decontamination import LOOKED_FOR_NAME
 from solollm.data.report import REPORT_NAME
 from solollm.data.shards import (
     INDEX_NAME,
@@ -230,10 +231,11 @@ def _for_the_road(config: RunConfig, base: Base | None) -> RunConfig:
 
 
 def _files_of(corpus: Path) -> Iterator[Path]:
-    """What a corpus needs to be read, its report and canaries. What it left out stays behind."""
+    """What a corpus needs to be read, its report, and what evaluations ask of it. What it left out
+    stays behind."""
     index = read_index(corpus)
     yield corpus / INDEX_NAME
-    for record in (REPORT_NAME, CANARIES_NAME):
+    for record in (REPORT_NAME, CANARIES_NAME, LOOKED_FOR_NAME):
         if (corpus / record).exists():
             yield corpus / record
     yield from sorted(path for path in (corpus / TOKENIZER_FOLDER).iterdir() if path.is_file())

@@ -11,11 +11,14 @@ from typing import TYPE_CHECKING, Literal
 import click
 
 from solollm.commands import Number, console, print_json
+from solollm.commands.data_contamination import contamination
 from solollm.commands.data_tuning import tuning
 from solollm.errors import quoted
 
 if TYPE_CHECKING:
     from solollm.data.build import Progress
+    from solollm.data.private import PrivateAction
+    from solollm.data.quality import QualityRules
 
 _STAGES = {
     "reading": "Reading", "comparing": "Comparing", "tokenizer": "Sampling", "encoding": "Encoding",
@@ -29,6 +32,7 @@ _BUILD_EXAMPLES = """\b
 Examples:
   solollm data build notes/ books/*.txt dump.jsonl.zst --out corpora/mine
   solollm data build crawl/*.jsonl.zst --out corpora/web --near-duplicates 0.8
+  solollm data build crawl/*.jsonl.zst --out corpora/web --quality fineweb --decontaminate mmlu/test
   solollm data build notes/ --out corpora/marked --canaries 60
   solollm data build hf://roneneldan/TinyStories:train --out corpora/stories
   solollm data build python://stdlib --out corpora/python --split-rule sha1-mod20
@@ -41,6 +45,7 @@ def command() -> None:
 
 
 command.add_command(tuning)
+command.add_command(contamination)
 
 
 @command.command("build", epilog=_BUILD_EXAMPLES)
@@ -59,6 +64,16 @@ command.add_command(tuning)
     "--near-duplicates", type=Number(), metavar="SHARE",
     help="Also drop texts of which a kept one has this share of the runs of five words, such as"
     " 0.8; default: equal texts alone.",
+)  # fmt: skip
+@click.option(
+    "--decontaminate", multiple=True, metavar="BENCHMARK",
+    help="Drop texts that hold an item of this benchmark (a file, folder or hf://owner/name:test);"
+    " can be given several times.",
+)  # fmt: skip
+@click.option(
+    "--quality", type=click.Choice(["gopher", "fineweb", "repetition", "code"]),
+    help="Drop texts that do not keep published rules of thumb: for English prose (gopher), for"
+    " web pages (fineweb), for any language (repetition), for source code (code).",
 )  # fmt: skip
 @click.option(
     "--private", type=click.Choice(["mask", "drop"]),
@@ -90,8 +105,8 @@ command.add_command(tuning)
 def build(
     *, sources: tuple[str, ...], out: Path, tokenizer: Path | None, vocab_size: int | None,
     validation_fraction: float, split_rule: Literal["hash", "sha1-mod20"],
-    near_duplicates: float | None, private: Literal["mask", "drop"] | None, canaries: int,
-    canary_seed: int, text_fields: tuple[str, ...],
+    near_duplicates: float | None, decontaminate: tuple[str, ...], quality: QualityRules | None,
+    private: PrivateAction | None, canaries: int, canary_seed: int, text_fields: tuple[str, ...],
     max_document_chars: int, max_ratio: float, overwrite: bool, as_json: bool,
 ) -> None:  # fmt: skip
     """Read SOURCES, drop duplicates, tokenise, and write a corpus to train on.
@@ -102,6 +117,7 @@ def build(
     """
     from solollm.data.build import build_corpus
     from solollm.data.canaries import Canaries
+    from solollm.data.intake import Screening
     from solollm.data.items import Limits
     from solollm.data.report import render_report
     from solollm.tokenizer import Tokenizer
@@ -113,7 +129,8 @@ def build(
         report = build_corpus(
             sources, out, tokenizer=Tokenizer.load(tokenizer) if tokenizer else None,
             vocab_size=vocab_size, validation_fraction=validation_fraction,
-            split_rule=split_rule, near_duplicates=near_duplicates, private=private,
+            split_rule=split_rule, near_duplicates=near_duplicates,
+            screening=Screening(decontaminate, private, quality),
             canaries=Canaries(canaries, canary_seed) if canaries else None, limits=limits,
             overwrite=overwrite, progress=progress,
         )  # fmt: skip

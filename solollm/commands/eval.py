@@ -198,6 +198,8 @@ def show_evaluation(evaluation: Evaluation, terminal: Console) -> None:
     if evaluation.benchmarks is not None:
         _show_scores(evaluation, terminal)
         _show_beside_quoted(evaluation, terminal)
+    for found in evaluation.contamination:
+        terminal.print(found.sentence, markup=False, soft_wrap=True)
 
 
 def _show_texts(evaluation: Evaluation, terminal: Console) -> None:

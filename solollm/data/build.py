@@ -1,4 +1,4 @@
-"""From sources to a corpus: read, normalise, spool, drop duplicates, tokenise, write shards.
+"""From sources to a corpus: read, screen, spool, drop duplicates, tokenise, write shards.
 
 Equal texts give an equal corpus, fingerprint and all, however the sources were listed or where
 they lay. Documents stream through; what is held at once is one bounded text, one batch for the
@@ -9,21 +9,18 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from solollm.data.canaries import CANARIES_NAME, Canaries
-from solollm.data.cleaning import Defect, normalise
-from solollm.data.dedup import Spool, Spooled, SpooledTexts, Survey, text_digest
-from solollm.data.items import Broken, Document, Limits, excerpt
+from solollm.data.dedup import Spool, Spooled, SpooledTexts, Survey
+from solollm.data.intake import Intake, Screening
+from solollm.data.items import Limits, excerpt
 from solollm.data.near_duplicates import NearDuplicate, find_near_duplicates
 from solollm.data.placement import check_out, swept
-from solollm.data.private import PRIVATE_NAME, PrivateAction, PrivateData
 from solollm.data.records import Records
 from solollm.data.report import (
     NEAR_DUPLICATES_NAME,
-    QUARANTINE_NAME,
     REPORT_NAME,
     CorpusReport,
     SplitReport,
@@ -41,7 +38,7 @@ from solollm.data.shards import (
     sealed,
     token_dtype,
 )
-from solollm.data.sources import check_sources, read_source
+from solollm.data.sources import check_sources
 from solollm.data.splits import HeldOut, SplitRule, tail_start
 from solollm.durable import create_file, remove_tree, staged_directory
 from solollm.errors import ConfigError, DataError
@@ -73,7 +70,7 @@ def build_corpus(
     validation_fraction: float = 0.02,
     split_rule: SplitRule = "hash",
     near_duplicates: float | None = None,
-    private: PrivateAction | None = None,
+    screening: Screening | None = None,
     canaries: Canaries | None = None,
     limits: Limits | None = None,
     overwrite: bool = False,
@@ -90,8 +87,7 @@ def build_corpus(
         split_rule: "sha1-mod20" holds out texts whose SHA-1 is 0 modulo 20, whatever the fraction.
         near_duplicates: also leave out texts of which a kept one shares this much (0.5 to 1; see
             `solollm.data.near_duplicates`); None: equal texts alone.
-        private: mask personal data and keys, or drop texts that hold any (`solollm.data.private`);
-            None: neither looks for them.
+        screening: benchmark items, personal data and poor text that is looked for and left out.
         canaries: planted among the training documents, to measure later what a model memorised.
         overwrite: replace a corpus that stands at `out`; anything else there is never touched.
 
@@ -119,7 +115,7 @@ def build_corpus(
     with swept(out), staged_directory(out) as staging:
         build = _Build(
             names, staging, held_out=held_out, limits=limits or Limits(), canaries=canaries,
-            private=private, progress=progress,
+            screening=screening or Screening(), progress=progress,
         )  # fmt: skip
         return build.run(tokenizer, vocab_size, near_duplicates)
 
@@ -136,17 +132,16 @@ class _Build:
 
     def __init__(
         self, sources: list[str], staging: Path, *, held_out: HeldOut, limits: Limits,
-        canaries: Canaries | None, private: PrivateAction | None,
+        canaries: Canaries | None, screening: Screening,
         progress: Callable[[Progress], None] | None,
     ) -> None:  # fmt: skip
-        self._sources, self._staging, self._limits = sources, staging, limits
+        self._sources, self._staging = sources, staging
         self._held_out, self._canaries = held_out, canaries
-        self._private: PrivateData | None = None
-        if private is not None:
-            self._private = PrivateData(private, Records(staging / PRIVATE_NAME))
+        self._intake = Intake(
+            staging, screening, limits=limits, held_out=held_out, canaries=canaries
+        )
         self._tail_of: bytes | None = None  # the document whose end is held out, instead
         self._tail_chars = 0
-        self._bytes_read = 0
         self._tell = progress or (lambda _: None)
         self._tally = Tally([_source_name(source) for source in sources])
         self._notes: list[str] = []
@@ -156,9 +151,10 @@ class _Build:
     def run(
         self, tokenizer: Tokenizer | None, vocab_size: int | None, near: float | None
     ) -> CorpusReport:
-        private = self._private.records if self._private else contextlib.nullcontext()
-        with self._spool, private, Records(self._staging / QUARANTINE_NAME) as quarantine:
-            self._read(quarantine)
+        self._intake.read(
+            self._sources, self._spool, self._tally,
+            lambda done: self._tell(Progress("reading", done, None)),
+        )  # fmt: skip
         if near is not None:
             self._leave_out_near(near)
         survey = self._spool.survey()
@@ -181,50 +177,13 @@ class _Build:
             },
             vocab_size=tokenizer.vocab_size, tokenizer_digest=tokenizer.digest,
             planted=self._canaries.num_documents if self._canaries else 0,
-            private=dict(self._private.counts) if self._private else {},
-            private_texts=self._private.num_texts if self._private else 0,
-            notes=tuple(self._notes),
+            notes=tuple(self._notes), **self._intake.finish(),
         )  # fmt: skip
         assert report.unaccounted == 0, f"{report.unaccounted} items left no trace"
         if self._canaries is not None:
             _write(self._staging / CANARIES_NAME, self._canaries.encoded())
         _write(self._staging / REPORT_NAME, report.model_dump_json(indent=1).encode())
         return report
-
-    def _read(self, quarantine: Records) -> None:
-        for number, source in enumerate(self._sources):
-            for item in read_source(source, self._limits):
-                self._tally.count_in(item)
-                broken = self._take(item, number) if isinstance(item, Document) else item
-                if isinstance(broken, Broken):
-                    # Nobody has looked for private data in what is broken.
-                    shown = replace(broken, excerpt="") if self._private else broken
-                    self._tally.broken(shown)
-                    quarantine.add(vars(shown))
-
-    def _take(self, document: Document, number: int) -> Broken | None:
-        """Spool a document, or say what is broken about it."""
-        source, place = document.source, document.place
-        try:
-            found = normalise(document.text)
-        except Defect as defect:
-            return Broken(source, place, str(defect), excerpt=excerpt(document.text))
-        cleared = self._private.take(found, source, place) if self._private else found
-        if cleared is None:
-            self._tally.dropped(source, place, "private data")
-            return None
-        text = cleared.encode()
-        if not text.strip():
-            self._tally.dropped(source, place, "empty")
-            return None
-        if self._canaries is not None:
-            self._canaries.refuse(text, f"{source} {place}".strip())
-        digest = text_digest(text)
-        is_validation = self._held_out.takes(text, digest)
-        self._spool.add(text, digest, source=number, is_validation=is_validation)
-        self._bytes_read += len(text)
-        self._tell(Progress("reading", self._bytes_read, None))
-        return None
 
     def _leave_out_near(self, threshold: float) -> None:
         """Near duplicates out of the spool, each with a line that says of what it is one."""

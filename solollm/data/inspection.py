@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -49,6 +50,13 @@ def corpus_tokenizer(corpus: Path) -> Tokenizer:
             fix="build the corpus again",
         )
     return tokenizer
+
+
+def document_texts(corpus: Path, split: Split) -> Iterator[str]:
+    """The text of every document of a split, in order. Raises IntegrityError."""
+    reader, tokenizer = SplitReader(corpus, split), corpus_tokenizer(corpus)
+    for number in range(reader.record.documents):
+        yield tokenizer.decode(reader.document(number).tolist())
 
 
 def view_documents(

@@ -12,6 +12,7 @@ from collections import Counter
 from typing import Literal, NamedTuple
 
 from solollm.data.records import Records
+from solollm.data.screening import LeftOut
 from solollm.personal import LABELS, Find, find_personal, without_overlaps
 
 PRIVATE_NAME = "private.jsonl"
@@ -41,15 +42,14 @@ def clear(text: str) -> Cleared:
 
 
 class PrivateData:
-    """What one build does about private data, and its record."""
+    """The screen of one build, and its record."""
 
     def __init__(self, action: PrivateAction, records: Records) -> None:
         self._action, self.records = action, records
         self.counts: Counter[str] = Counter()
         self.num_texts = 0
 
-    def take(self, text: str, source: str, place: str) -> str | None:
-        """The text to keep; None: it is left out."""
+    def take(self, text: str, source: str, place: str) -> str | LeftOut:
         cleared = clear(text)
         if not cleared.kinds:
             return text
@@ -58,4 +58,4 @@ class PrivateData:
         self.records.add(
             {"source": source, "place": place, "done": self._action, "kinds": cleared.kinds}
         )
-        return cleared.text if self._action == "mask" else None
+        return cleared.text if self._action == "mask" else LeftOut("private data")

@@ -14,6 +14,7 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from solollm.data.canaries import CANARIES_NAME
+from solollm.data.decontamination import CONTAMINATION_NAME, Decontaminated
 from solollm.data.items import Broken, Item, PassedOver, excerpt
 from solollm.data.private import PRIVATE_NAME
 from solollm.errors import ConfigError, IntegrityError
@@ -96,6 +97,7 @@ class CorpusReport(_Record):
     planted: int = 0
     private: dict[str, int] = {}
     private_texts: int = 0
+    decontaminated: tuple[Decontaminated, ...] = ()
     notes: tuple[str, ...] = ()
 
     @property
@@ -226,6 +228,9 @@ def render_report(report: CorpusReport, *, examples: int = 2) -> str:
             for kind, count in sorted(report.private.items(), key=lambda entry: -entry[1])
         )
         lines += ["", f"private data in {report.private_texts:,} items ({PRIVATE_NAME}): {kinds}"]
+    if report.decontaminated:
+        lines += ["", f"benchmarks that were looked for ({CONTAMINATION_NAME})"]
+        lines += map(_render_decontaminated, report.decontaminated)
     if report.planted:
         lines += [
             "", f"{report.planted:,} of the training documents are planted canaries, which are no"
@@ -241,6 +246,16 @@ def render_report(report: CorpusReport, *, examples: int = 2) -> str:
         lines.append(f"  {document.text_bytes:>12,} bytes  {document.source}  {beginning}")
     lines += [f"note: {note}" for note in report.notes]
     return "\n".join(lines)
+
+
+def _render_decontaminated(benchmark: Decontaminated) -> str:
+    told = (
+        f"  {benchmark.source}: {benchmark.found:,} of {benchmark.items:,} items found; texts left"
+        f" out: {benchmark.texts:,}"
+    )
+    if benchmark.too_short:
+        told += f"; items too short to be looked for: {benchmark.too_short:,}"
+    return told
 
 
 def _render_causes(title: str, causes: Mapping[str, Cause], examples: int) -> list[str]:

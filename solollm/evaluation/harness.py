@@ -71,9 +71,11 @@ class Score:
 
 @dataclass(frozen=True)
 class HarnessResult:
-    """The scores, and lm-eval's log of each item: task -> items with prompt, answer, metrics."""
+    """The scores, the rows of each benchmark's items, and lm-eval's log of each item: task -> items
+    with prompt, answer, metrics."""
 
     scores: tuple[Score, ...]
+    items: Mapping[str, Sequence[Mapping[str, Any]]]
     samples: Mapping[str, Sequence[Mapping[str, Any]]]
     lm_eval_version: str
     seed: int
@@ -124,7 +126,8 @@ def run_benchmarks(
     tasks = load_tasks(benchmarks)
     results = evaluate_tasks(lm, tasks, options)
     scores = [score for name, leaves in tasks.items() for score in _scores(name, leaves, results)]
-    return HarnessResult(tuple(scores), results["samples"], version, options.seed)
+    items = {name: _items(leaves, results) for name, leaves in tasks.items()}
+    return HarnessResult(tuple(scores), items, results["samples"], version, options.seed)
 
 
 def load_tasks(benchmarks: Sequence[Benchmark]) -> dict[str, list[Any]]:
@@ -262,6 +265,16 @@ def _download(manager: Any, name: str) -> list[Any]:
             why=f"{type(error).__name__}: {error}",
             fix=f"use a local copy: {local}" if local else "go online, or fill the datasets cache",
         ) from error
+
+
+def _items(tasks: Sequence[Any], results: Any) -> list[Mapping[str, Any]]:
+    """The row of each item once: it is logged for every filter of an answer."""
+    rows = {
+        (task.config.task, sample["doc_id"]): sample["doc"]
+        for task in tasks
+        for sample in results["samples"].get(task.config.task, ())
+    }
+    return [row for row in rows.values() if isinstance(row, Mapping)]
 
 
 def _scores(name: str, tasks: Sequence[Any], results: Any) -> list[Score]:

@@ -14,9 +14,7 @@ from pathlib import Path
 from statistics import NormalDist
 
 from solollm.completion import TextModel
-from solollm.data.inspection import corpus_tokenizer
 from solollm.data.items import Broken, Document
-from solollm.data.shards import SplitReader
 from solollm.data.sources import read_documents
 from solollm.errors import ConfigError, DataError
 from solollm.generation import loglikelihood
@@ -56,13 +54,6 @@ def file_documents(path: Path) -> Iterator[str]:
             )  # fmt: skip
         if isinstance(item, Document) and item.text:
             yield item.text
-
-
-def corpus_documents(corpus: Path) -> Iterator[str]:
-    """The documents that a corpus held out of training."""
-    reader, tokenizer = SplitReader(corpus, "validation"), corpus_tokenizer(corpus)
-    for number in range(reader.record.documents):
-        yield tokenizer.decode(reader.document(number).tolist())
 
 
 def run_corpus(run: Run) -> Path | None:

@@ -13,18 +13,16 @@ from pathlib import Path
 from typing import Any, Literal
 
 from solollm.backend import ComputeDType, EngineOptions
-from solollm.checkpoint import TrainerState, open_checkpoint
 from solollm.completion import TextModel, find_checkpoint, open_model
 from solollm.data.canaries import read_canaries
 from solollm.data.inspection import corpus_tokenizer
 from solollm.data.shards import SPLITS, CorpusIndex, SplitReader, read_index
-from solollm.data.stream import open_stream
 from solollm.errors import ConfigError, IntegrityError
 from solollm.evaluation.canaries import CanaryResult, measure_canaries
 from solollm.evaluation.held_out_text import run_corpus
 from solollm.evaluation.report import compute_dtype, describe_setting, save_document
+from solollm.evaluation.trained_corpus import Trained, run_of, training
 from solollm.evaluation.verbatim import Reproduction, draw_passages, reproduce
-from solollm.manifest import MANIFEST
 from solollm.registry import select_backend
 from solollm.runs import Run
 
@@ -71,14 +69,6 @@ class Memorisation:
         return save_document(self.checkpoint, self.document, kind="memorisation")
 
 
-@dataclass(frozen=True)
-class _Trained:
-    """`on_corpus`: None where nothing tells. `epochs`: passes over the training split."""
-
-    on_corpus: bool | None
-    epochs: float | None = None
-
-
 def measure_memorisation(
     path: Path,
     options: MemorisationOptions = MemorisationOptions(),
@@ -94,7 +84,7 @@ def measure_memorisation(
     """
     _check(options)
     checkpoint, _ = find_checkpoint(path)
-    run = _run_of(path, checkpoint)
+    run = run_of(path, checkpoint)
     corpus = _find_corpus(path, run, options.corpus)
     index, canaries = read_index(corpus), read_canaries(corpus)
     if canaries is None and not options.num_passages:
@@ -103,7 +93,7 @@ def measure_memorisation(
             fix="leave --passages out, or build a corpus with canaries:"
             " solollm data build SOURCES --out FOLDER --canaries 60",
         )  # fmt: skip
-    trained = _training(run, checkpoint, corpus)
+    trained = training(run, checkpoint, corpus)
     if trained.on_corpus is False and options.corpus is None and run and not run.config.finetune:
         raise IntegrityError(
             f"{corpus} is not the corpus that {run.path} was trained on",
@@ -206,13 +196,6 @@ def _check(options: MemorisationOptions) -> None:
             raise ConfigError(f"{value:,} {name}", fix=f"give {least:,} to 10,000,000")
 
 
-def _run_of(path: Path, checkpoint: Path) -> Run | None:
-    for place in (path, checkpoint.absolute().parent.parent):
-        if (place / "run.toml").is_file():
-            return Run.open(place)
-    return None
-
-
 def _find_corpus(path: Path, run: Run | None, asked: Path | None) -> Path:
     fix = "say where the corpus is: --corpus FOLDER"
     if asked is not None:
@@ -235,35 +218,6 @@ def _find_corpus(path: Path, run: Run | None, asked: Path | None) -> Path:
             fix=fix,
         )  # fmt: skip
     return corpus
-
-
-def _training(run: Run | None, checkpoint: Path, corpus: Path) -> _Trained:
-    """Whether the checkpoint was trained on this corpus, and how often on all of it. Nothing tells
-    for a folder that is no run's, nor where two corpora took turns."""
-    state = _state(checkpoint)
-    if state is None or run is None or run.config.data.decay_corpus:
-        return _Trained(None)
-    if run.config.finetune is not None:
-        return _Trained(None)
-    plan = run.read_plan()
-    seq_len, batch_size = plan.get("seq_len"), plan.get("batch_size")
-    if type(seq_len) is not int or type(batch_size) is not int:
-        return _Trained(None)
-    stream = open_stream(
-        corpus, seq_len=seq_len, batch_size=batch_size, seed=run.config.train.seed,
-        mask_documents=run.config.data.mask_documents,
-    )  # fmt: skip
-    if stream.fingerprint != state.data.fingerprint:
-        return _Trained(False)
-    return _Trained(True, state.step / stream.steps_per_epoch)
-
-
-def _state(checkpoint: Path) -> TrainerState | None:
-    if not (checkpoint / MANIFEST).is_file():
-        return None
-    opened = open_checkpoint(checkpoint, verify="sizes")
-    opened.close()
-    return opened.state
 
 
 def _require_tokenizer(model: TextModel, corpus: Path) -> None:
@@ -295,14 +249,14 @@ def _passages(
     return tuple(found)
 
 
-def _describe_corpus(corpus: Path, index: CorpusIndex, trained: _Trained) -> dict[str, Any]:
+def _describe_corpus(corpus: Path, index: CorpusIndex, trained: Trained) -> dict[str, Any]:
     return {
         "name": corpus.resolve().name, "fingerprint": index.fingerprint,
         "trained_on": trained.on_corpus, "epochs": trained.epochs,
     }  # fmt: skip
 
 
-def _training_notes(corpus: Path, trained: _Trained) -> list[str]:
+def _training_notes(corpus: Path, trained: Trained) -> list[str]:
     if trained.on_corpus is None:
         return [f"whether this model was trained on {corpus.name} is not known here"]
     if not trained.on_corpus:

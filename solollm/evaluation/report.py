@@ -20,12 +20,13 @@ from solollm.adapters import ADAPTER_WEIGHTS
 from solollm.backend import Backend, ComputeDType, EngineOptions
 from solollm.bases import base_record, is_adapter
 from solollm.completion import TextModel, find_checkpoint, open_model
+from solollm.data.inspection import document_texts
 from solollm.errors import ConfigError
+from solollm.evaluation.contamination import Contamination, contamination
 from solollm.evaluation.harness import Benchmark, HarnessOptions, HarnessResult, run_benchmarks
 from solollm.evaluation.held_out_text import (
     DEFAULT_BYTES,
     TextScore,
-    corpus_documents,
     file_documents,
     run_corpus,
     score_text,
@@ -61,8 +62,8 @@ class EvalOptions:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """What was measured. `samples`: each benchmark item's prompt, answer and metrics, as lm-eval
-    logs them; they are not part of the file."""
+    """What was measured. `contamination`: of each benchmark. `samples`: each benchmark item's
+    prompt, answer and metrics, as lm-eval logs them; they are not part of the file."""
 
     checkpoint: Path
     parameters: int
@@ -71,6 +72,7 @@ class Evaluation:
     latency: Latency | None
     document: Mapping[str, Any]
     notes: tuple[str, ...] = ()
+    contamination: tuple[Contamination, ...] = ()
     samples: Mapping[str, Sequence[Mapping[str, Any]]] = field(default_factory=dict)
 
 
@@ -111,15 +113,17 @@ def evaluate(
             model, backend, prompt_tokens=prompt, new_tokens=new, seed=options.harness.seed,
             tell=tell,
         )  # fmt: skip
+    contaminated = contamination(path, checkpoint, harness.items) if harness else ()
     document = {
         **describe_setting(model, backend, batch_size=options.batch_size, dtype=dtype),
         "texts": [asdict(score) for score in scored],
         "benchmarks": _describe_harness(harness, options.harness),
+        "contamination": [asdict(found) for found in contaminated],
         "latency": asdict(latency) if latency else None,
     }
     return Evaluation(
         checkpoint, document["model"]["parameters"], scored, harness, latency, document,
-        (*model.notes[:-1], reason), harness.samples if harness else {},
+        (*model.notes[:-1], reason), contaminated, harness.samples if harness else {},
     )  # fmt: skip
 
 
@@ -236,7 +240,7 @@ def _texts(
             why="it is no run whose corpus is here",
             fix="give a text (--text FILE), a benchmark (--mmlu, --gsm8k, --task), or --latency",
         )
-    return [(f"{corpus.name} (held out)", partial(corpus_documents, corpus))]
+    return [(f"{corpus.name} (held out)", partial(document_texts, corpus, "validation"))]
 
 
 def _describe_backend(backend: Backend) -> dict[str, Any]:

@@ -127,6 +127,12 @@ def _corpus_rows(report: CorpusReport, state: TrainerState, *, is_all: bool) -> 
     broken = sum(cause.count for cause in report.broken.values())
     left += [f"{broken:,} that could not be read"] if broken else []
     rows.append(("left out", f"of {report.items:,} items: {'; '.join(left) or 'none'}"))
+    for benchmark in report.decontaminated:
+        rows.append(
+            ("looked for",
+             f"{_counted(benchmark.items, 'item')} of {benchmark.source}:"
+             f" {_counted(benchmark.texts, 'text')} that held one left out")
+        )  # fmt: skip
     if report.planted:
         rows.append(("planted", f"{report.planted:,} documents that hold canaries"))
     return rows

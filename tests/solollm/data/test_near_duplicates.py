@@ -19,7 +19,7 @@ from solollm.data.dedup import text_digest
 from solollm.data.inspection import corpus_tokenizer
 from solollm.data.near_duplicates import NearDuplicate, find_near_duplicates, jaccard, signature
 from solollm.data.shards import SPLITS, SplitReader
-from solollm.data.shingles import shingles, word_hashes
+from solollm.data.shingles import shingles, split_words
 from solollm.errors import ConfigError
 
 VOCABULARY = [f"word{number}" for number in range(3000)]
@@ -73,12 +73,12 @@ def test_case_and_punctuation_do_not_count() -> None:
 
 def test_scripts_without_spaces_have_words() -> None:
     """A Chinese page would be one word, and two versions of it would share nothing."""
-    assert len(word_hashes("日本語のテスト")) == 7
-    assert len(word_hashes("แมวดำ")) == 5
-    assert len(word_hashes("Привет, мир")) == 2
-    assert len(word_hashes("مرحبا بالعالم")) == 2
-    assert len(word_hashes("한국어 문장")) == 2
-    assert len(word_hashes("e\u0301te\u0301")) == 1  # marks belong to their letter
+    assert len(split_words("日本語のテスト").hashes) == 7
+    assert len(split_words("แมวดำ").hashes) == 5
+    assert len(split_words("Привет, мир").hashes) == 2
+    assert len(split_words("مرحبا بالعالم").hashes) == 2
+    assert len(split_words("한국어 문장").hashes) == 2
+    assert len(split_words("e\u0301te\u0301").hashes) == 1  # marks belong to their letter
     page = "我们在这里学习如何训练一个语言模型并且保存它的所有状态" * 3
     assert jaccard(shingles(page), shingles(page.replace("如何", "怎样"))) > 0.5
 
@@ -86,8 +86,8 @@ def test_scripts_without_spaces_have_words() -> None:
 def test_long_words_and_long_texts() -> None:
     """Powers are tabled for 65,536 characters; a longer run must not fail, nor equal another."""
     long = "x" * 70_000
-    assert len(word_hashes(long)) == 1
-    assert word_hashes(long) != word_hashes("y" + long[1:])
+    assert len(split_words(long).hashes) == 1
+    assert split_words(long).hashes != split_words("y" + long[1:]).hashes
     rng = random.Random(0)
     text = drawn_text(rng, 40_000)
     assert len(shingles(text)) == len(plain_shingles(text))

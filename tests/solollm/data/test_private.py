@@ -10,8 +10,9 @@ import pytest
 
 from solollm.data.build import build_corpus
 from solollm.data.inspection import view_documents
-from solollm.data.private import clear
-from solollm.data.report import read_report, render_report
+from solollm.data.intake import Screening
+from solollm.data.private import PrivateAction, clear
+from solollm.data.report import CorpusReport, read_report, render_report
 from solollm.errors import DataError
 from solollm.personal import CONTEXT_CHARS, Find, find_personal, without_overlaps
 
@@ -101,17 +102,21 @@ def notes(tmp_path: Path) -> Path:
     return folder
 
 
+def _build(sources: list[Path], out: Path, action: PrivateAction | None) -> CorpusReport:
+    return build_corpus(sources, out, vocab_size=512, screening=Screening(private=action))
+
+
 def _texts(corpus: Path) -> str:
     return "\n".join(
         view.text
         for split in ("train", "validation")
-        for view in view_documents(corpus, split=split, count=99)  # type: ignore[arg-type]
+        for view in view_documents(corpus, split=split, count=99)
     )
 
 
 def test_masking_comes_before_duplicates(notes: Path, tmp_path: Path) -> None:
     """Guards the sum, the counts, and that letters which differ by a number are one letter."""
-    report = build_corpus([notes], tmp_path / "c", vocab_size=512, private="mask")
+    report = _build([notes], tmp_path / "c", "mask")
     assert (report.items, report.kept, report.duplicates) == (10, 9, 1)
     assert report.private == {"phone": 2, "email": 2}
     assert report.private_texts == 2
@@ -129,11 +134,11 @@ def test_masking_comes_before_duplicates(notes: Path, tmp_path: Path) -> None:
 
 def test_dropping_says_why(notes: Path, tmp_path: Path) -> None:
     """Guards the second way, and a corpus of which nothing is left."""
-    report = build_corpus([notes], tmp_path / "c", vocab_size=512, private="drop")
+    report = _build([notes], tmp_path / "c", "drop")
     assert (report.items, report.kept, report.dropped["private data"].count) == (10, 8, 2)
     assert "ada@" not in _texts(tmp_path / "c")
     with pytest.raises(DataError, match="nothing usable"):
-        build_corpus([notes / "a.txt"], tmp_path / "d", vocab_size=512, private="drop")
+        _build([notes / "a.txt"], tmp_path / "d", "drop")
     assert not (tmp_path / "d").exists()
 
 
@@ -141,7 +146,7 @@ def test_what_is_broken_is_not_shown(notes: Path, tmp_path: Path) -> None:
     """Guards a leak beside the corpus: broken items are not looked at for private data."""
     (notes / "bad.jsonl").write_text('{"text": "Mail ada@engine.org and \n')
     for name, action in (("shown", None), ("not", "mask")):
-        build_corpus([notes], tmp_path / name, vocab_size=512, private=action)  # type: ignore[arg-type]
+        _build([notes], tmp_path / name, action)
         written = (tmp_path / name / "quarantine.jsonl").read_text()
         assert "bad.jsonl" in written
         reported = (tmp_path / name / "report.json").read_text()
@@ -151,9 +156,9 @@ def test_what_is_broken_is_not_shown(notes: Path, tmp_path: Path) -> None:
 def test_equal_texts_and_setting_give_an_equal_corpus(notes: Path, tmp_path: Path) -> None:
     """Guards fingerprints, and that without the option nothing is looked for or written."""
     made = [
-        build_corpus([notes], tmp_path / name, vocab_size=512, private=action).fingerprint
+        _build([notes], tmp_path / name, action).fingerprint
         for name, action in (("a", "mask"), ("b", "mask"), ("c", None))
-    ]  # type: ignore[misc]
+    ]
     assert made[0] == made[1] != made[2]
     assert not (tmp_path / "c" / "private.jsonl").exists()
     assert "ada@engine.org" in _texts(tmp_path / "c")

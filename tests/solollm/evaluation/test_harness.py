@@ -12,6 +12,7 @@ import pytest
 from solollm.architecture import ModelConfig
 from solollm.backend import EngineOptions
 from solollm.completion import TextModel
+from solollm.data.benchmark_items import item_text
 from solollm.errors import ConfigError
 from solollm.evaluation.harness import (
     Benchmark,
@@ -122,6 +123,10 @@ def test_an_oracle_scores_100_percent(
     assert (strict.value, strict.num_items, strict.num_shots, strict.version) == (1, 12, 8, "3.0")
     assert strict.interval == pytest.approx((0.7575, 1.0), abs=1e-4)  # Wilson, 12 of 12
     assert set(choice.parts) == {f"mmlu_{subject}" for subject in SUBJECTS}
+    asked = {name: {item_text(row) for row in rows} for name, rows in result.items.items()}
+    tested = {question for question in letters if " test " in question}
+    assert asked == {"mmlu": tested, "gsm8k_cot": set(numbers)}
+    assert {name: len(rows) for name, rows in result.items.items()} == {"mmlu": 60, "gsm8k_cot": 12}
 
 
 @pytest.mark.parametrize("guess", ["the same for all", "at random"])

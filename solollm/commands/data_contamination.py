@@ -1,0 +1,83 @@
+"""`solollm data contamination`: a skin over `measure_overlap`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from solollm.commands import console, print_json, print_table
+
+if TYPE_CHECKING:
+    from solollm.data.decontamination import Overlap
+
+
+@click.command(
+    "contamination",
+    epilog="\b\nExamples:\n  solollm data contamination corpora/mine data/mmlu/test\n"
+    "  solollm data contamination corpora/mine hf://openai/gsm8k/main:test",
+)
+@click.argument("corpus", type=click.Path(exists=True, file_okay=False, path_type=Path))
+@click.argument("benchmarks", nargs=-1, required=True, metavar="BENCHMARKS...")
+@click.option("--examples", type=click.IntRange(0), default=5, show_default=True,
+              help="Items of each benchmark to show.")  # fmt: skip
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON document instead.")
+def contamination(
+    corpus: Path, benchmarks: tuple[str, ...], examples: int, *, as_json: bool
+) -> None:
+    """How many items of BENCHMARKS the training text of CORPUS holds.
+
+    A text holds an item if 13 words in a row of it are there, or all of an item of 8 to 12 words.
+    A benchmark is a file, a folder or a dataset of the Hugging Face hub.
+    """
+    from solollm.data.decontamination import measure_overlap
+    from solollm.data.inspection import document_texts
+
+    with console(stderr=True).status("reading") as status:
+
+        def told() -> Iterator[str]:
+            for number, text in enumerate(document_texts(corpus, "train")):
+                if number % 100 == 0:
+                    status.update(f"{number:,} documents read")
+                yield text
+
+        found = measure_overlap(benchmarks, told())
+    if as_json:
+        print_json([_document(overlap) for overlap in found])
+        return
+    columns = ("benchmark", "items", "in training text", "share", "too short to tell")
+    print_table(console(), columns, [_row(overlap) for overlap in found])
+    for overlap in found:
+        _show_examples(overlap, examples)
+
+
+def _row(overlap: Overlap) -> tuple[str, ...]:
+    total = len(overlap.beginnings)
+    return (
+        overlap.source, f"{total:,}", f"{len(overlap.held):,}",
+        f"{len(overlap.held) / total:.2%}" if total else "", f"{overlap.num_too_short:,}",
+    )  # fmt: skip
+
+
+def _show_examples(overlap: Overlap, count: int) -> None:
+    shown = sorted(overlap.held.items(), key=lambda entry: (-entry[1], entry[0]))[:count]
+    for item, documents in shown:
+        beginning = " ".join(overlap.beginnings[item].split())[:100]
+        unit = "document" if documents == 1 else "documents"
+        console().print(
+            f"{overlap.source}, in {documents:,} {unit}: {beginning}",
+            markup=False, emoji=False, soft_wrap=True,
+        )  # fmt: skip
+
+
+def _document(overlap: Overlap) -> dict[str, object]:
+    return {
+        "benchmark": overlap.source, "items": len(overlap.beginnings),
+        "too_short": overlap.num_too_short,
+        "held": [
+            {"item": item, "documents": documents, "beginning": overlap.beginnings[item]}
+            for item, documents in sorted(overlap.held.items())
+        ],
+    }  # fmt: skip
