@@ -2,27 +2,22 @@
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 import click
 
-from solollm.commands import Number, console, print_json
+from solollm.commands import Number, print_json
+from solollm.commands.building import build_progress, print_text
 from solollm.commands.data_contamination import contamination
+from solollm.commands.data_mix import mix
 from solollm.commands.data_tuning import tuning
 from solollm.errors import quoted
 
 if TYPE_CHECKING:
-    from solollm.data.build import Progress
     from solollm.data.private import PrivateAction
     from solollm.data.quality import QualityRules
 
-_STAGES = {
-    "reading": "Reading", "comparing": "Comparing", "tokenizer": "Sampling", "encoding": "Encoding",
-}  # fmt: skip
 _CORPUS = click.Path(exists=True, file_okay=False, path_type=Path)
 _JSON = click.option("--json", "as_json", is_flag=True, help="Print one JSON document instead.")
 _SPLIT = click.option(
@@ -46,6 +41,7 @@ def command() -> None:
 
 command.add_command(tuning)
 command.add_command(contamination)
+command.add_command(mix)
 
 
 @command.command("build", epilog=_BUILD_EXAMPLES)
@@ -125,7 +121,7 @@ def build(
     limits = Limits(
         max_document_chars=max_document_chars, max_ratio=max_ratio, text_fields=text_fields
     )
-    with _progress(hidden=as_json) as progress:
+    with build_progress(hidden=as_json) as progress:
         report = build_corpus(
             sources, out, tokenizer=Tokenizer.load(tokenizer) if tokenizer else None,
             vocab_size=vocab_size, validation_fraction=validation_fraction,
@@ -137,9 +133,9 @@ def build(
     if as_json:
         print_json({"corpus": str(out), **report.model_dump(mode="json")})
         return
-    _print(render_report(report))
+    print_text(render_report(report))
     run = quoted(f"runs/{out.name}")
-    _print(f"\nwritten to {out}; next:\nsolollm pretrain --corpus {quoted(out)} --run {run}")
+    print_text(f"\nwritten to {out}; next:\nsolollm pretrain --corpus {quoted(out)} --run {run}")
 
 
 @command.command("report", epilog="\b\nExample:\n  solollm data report corpora/mine --verify")
@@ -158,9 +154,9 @@ def report(corpus: Path, examples: int, verify: bool, as_json: bool) -> None:
     if as_json:
         print_json({**found.model_dump(mode="json"), "verified": verify})
         return
-    _print(render_report(found, examples=examples))
+    print_text(render_report(found, examples=examples))
     if verify:
-        _print("\nevery byte matches the index")
+        print_text("\nevery byte matches the index")
 
 
 @command.command(
@@ -191,40 +187,12 @@ def inspect(
             return
         for view in documents:
             kind = ", a planted canary" if view.canary else ""
-            _print(f"--- document {view.number}: {view.tokens:,} tokens{kind}\n{view.text}")
+            print_text(f"--- document {view.number}: {view.tokens:,} tokens{kind}\n{view.text}")
         return
     views = view_batch(corpus, step, split=split, seq_len=seq_len, batch_size=rows, seed=seed)
     if as_json:
         print_json([view._asdict() for view in views])
         return
     for row in views:
-        _print(f"=== step {step}, row {row.row}: {row.targets} targets")
-        _print("\n--- border ---\n".join(row.pieces))
-
-
-def _print(text: str) -> None:
-    """Foreign text, as it is: no markup, no wrapping."""
-    console().print(text, markup=False, emoji=False, soft_wrap=True)
-
-
-@contextmanager
-def _progress(*, hidden: bool) -> Iterator[Callable[[Progress], None] | None]:
-    """A bar on standard error while a build runs; nothing where nobody looks."""
-    if hidden or not sys.stderr.isatty():
-        yield None
-        return
-    from rich import progress as bars
-
-    columns = (
-        bars.TextColumn("{task.description:<9}"), bars.BarColumn(), bars.DownloadColumn(),
-        bars.TransferSpeedColumn(), bars.TimeRemainingColumn(),
-    )  # fmt: skip
-    with bars.Progress(*columns, console=console(stderr=True), transient=True) as display:
-        tasks: dict[str, bars.TaskID] = {}
-
-        def show(state: Progress) -> None:
-            if state.stage not in tasks:
-                tasks[state.stage] = display.add_task(_STAGES[state.stage], total=state.total)
-            display.update(tasks[state.stage], completed=state.done, total=state.total)
-
-        yield show
+        print_text(f"=== step {step}, row {row.row}: {row.targets} targets")
+        print_text("\n--- border ---\n".join(row.pieces))

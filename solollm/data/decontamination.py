@@ -138,7 +138,7 @@ class Decontamination:
     def looked_for(self) -> bytes:
         """The content of `decontaminated.bin`: little-endian uint64, ascending, one per item."""
         digests = [index.digests for index in self._indices.values()]
-        return np.unique(np.concatenate(digests)).astype("<u8").tobytes()
+        return encode_digests(np.concatenate(digests).tolist())
 
 
 class LookedFor(NamedTuple):
@@ -152,7 +152,7 @@ class LookedFor(NamedTuple):
 
 def looked_for(corpus: Path, texts: Iterable[str]) -> LookedFor:
     """Which of these items the build of a corpus looked for. Raises IntegrityError."""
-    known = _read_digests(corpus)
+    known = read_digests(corpus)
     counts = [0, 0, 0]
     for text in texts:
         hashes = split_words(text).hashes
@@ -212,7 +212,13 @@ def _first_bits(hashes: np.ndarray, table: np.ndarray) -> np.ndarray:
     return hashes >> np.uint64(65 - len(table).bit_length())
 
 
-def _read_digests(corpus: Path) -> frozenset[int]:
+def encode_digests(digests: Iterable[int]) -> bytes:
+    """The content of `decontaminated.bin`."""
+    return np.array(sorted(set(digests)), "<u8").tobytes()
+
+
+def read_digests(corpus: Path) -> frozenset[int]:
+    """What `decontaminated.bin` holds; nothing, where there is none. Raises IntegrityError."""
     path = corpus / LOOKED_FOR_NAME
     try:
         content = path.read_bytes()

@@ -77,10 +77,23 @@ class LongDocument(_Record):
     beginning: str
 
 
+class MixedPart(_Record):
+    """A corpus that a mix was made of: `weight` as it was asked for (None: as large as it is), what
+    it gave to the training split, copies counted, and how often all of it is there."""
+
+    corpus: str
+    fingerprint: str
+    weight: float | None
+    documents: int
+    tokens: int
+    share: float
+    passes: float
+
+
 class CorpusReport(_Record):
     """One build. `passed_over` counts files and folders, `planted` documents that hold canaries
     and came from no item, `private` finds of each kind in `private_texts` items; all else counts
-    items."""
+    items. Of a mix (`mixed`) the items are the documents of its parts, each counted once."""
 
     fingerprint: str
     items: int
@@ -98,6 +111,7 @@ class CorpusReport(_Record):
     private: dict[str, int] = {}
     private_texts: int = 0
     decontaminated: tuple[Decontaminated, ...] = ()
+    mixed: tuple[MixedPart, ...] = ()
     notes: tuple[str, ...] = ()
 
     @property
@@ -222,6 +236,13 @@ def render_report(report: CorpusReport, *, examples: int = 2) -> str:
             f"{name:<12}{split.documents:>12,}{split.tokens:>16,}{split.text_bytes:>16,}"
             f"{split.bytes_per_token:>13.2f}"
         )
+    if report.mixed:
+        lines += ["", f"{'mixed of':<24}{'share':>8}{'passes':>9}{'documents':>12}{'tokens':>16}"]
+        lines += [
+            f"{part.corpus:<24}{part.share:>8.1%}{part.passes:>9.2f}{part.documents:>12,}"
+            f"{part.tokens:>16,}"
+            for part in report.mixed
+        ]
     if report.private_texts:
         kinds = ", ".join(
             f"{count:,} {LABELS.get(kind, kind).strip('[]')}"

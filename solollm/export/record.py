@@ -1,12 +1,14 @@
 """What a run's own files say of its data and of how good the model is, as sections of its card.
 
-Names of files and folders that a corpus was made of are left out: who publishes a model need not
-publish how their disk is laid out.
+Names of files and folders that a corpus was made of, or that were measured, are left out: who
+publishes a model need not publish how their disk is laid out.
 """
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -14,8 +16,10 @@ from solollm.checkpoint import TrainerState
 from solollm.config import RunConfig
 from solollm.data.report import CorpusReport, read_report
 from solollm.errors import SoloLLMError
+from solollm.evaluation.contamination import Contamination
 from solollm.evaluation.report import FOLDER
 from solollm.finetune.samples import SamplesIndex, read_index
+from solollm.manifest import MANIFEST
 from solollm.run_paths import with_paths_to
 from solollm.run_streams import open_streams
 from solollm.strictfile import parse_json, read_bytes
@@ -43,16 +47,21 @@ def data_section(run: Path, config: RunConfig, state: TrainerState) -> str:
 
 
 def evaluation_sections(run: Path, checkpoint: str) -> str:
-    """Every stored evaluation of one checkpoint, the newest of a kind: benchmarks and texts, then
-    what it has memorised. Files that cannot be read are passed over."""
-    found = list(_evaluations(run / FOLDER, checkpoint))
+    """Every stored evaluation of one checkpoint, the newest of a kind: benchmarks and texts,
+    whether items were looked for in the training text, then what it has memorised. Files that
+    cannot be read, or are of other weights under the same name, are passed over."""
+    found = list(_evaluations(run, checkpoint))
     scores: dict[tuple[Any, ...], tuple[str, ...]] = {}
+    known: dict[str, str] = {}
     for document in found:
         scores |= _read(_scores, document) or {}
+        known |= _read(_contamination, document) or {}
     parts = []
     if scores:
         head = ("measured on", "figure", "95%", "of", "by")
-        parts.append(table(head, list(scores.values())))
+        parts.append(table(head, _without_names(scores)))
+    if known:
+        parts.append("".join(f"- {sentence}\n" for sentence in known.values()))
     memorised = [text for d in found if d.get("passages") and (text := _read(_memorised, d))]
     parts += memorised[-1:]
     return "\n".join(parts)
@@ -127,6 +136,9 @@ def _corpus_rows(report: CorpusReport, state: TrainerState, *, is_all: bool) -> 
     broken = sum(cause.count for cause in report.broken.values())
     left += [f"{broken:,} that could not be read"] if broken else []
     rows.append(("left out", f"of {report.items:,} items: {'; '.join(left) or 'none'}"))
+    if report.mixed:
+        parts = [f"{part.share:.1%} ({part.passes:.2f} passes)" for part in report.mixed]
+        rows.append(("mixed of corpora", f"shares of the tokens: {', '.join(parts)}"))
     for benchmark in report.decontaminated:
         rows.append(
             ("looked for",
@@ -150,14 +162,20 @@ def _sample_rows(index: SamplesIndex) -> Table:
     return [*rows, ("rows came as", shapes)] if shapes else rows
 
 
-def _evaluations(folder: Path, checkpoint: str) -> Iterator[Mapping[str, Any]]:
-    for path in sorted(folder.glob(f"{checkpoint}-*.json")):
+def _evaluations(run: Path, checkpoint: str) -> Iterator[Mapping[str, Any]]:
+    manifest = run / "checkpoints" / checkpoint / MANIFEST
+    measured = hashlib.sha256(manifest.read_bytes()).hexdigest() if manifest.is_file() else ""
+    for path in sorted((run / FOLDER).glob(f"{checkpoint}-*.json")):
         try:
             document = parse_json(read_bytes(path), path)
         except (SoloLLMError, OSError):
             continue
-        if isinstance(document, dict):
+        if isinstance(document, dict) and _read(_measured, document) in (None, "", measured):
             yield document
+
+
+def _measured(document: Mapping[str, Any]) -> str:
+    return str(document["model"]["manifest_sha256"])
 
 
 def _read(tell: Callable[[Mapping[str, Any]], _Told], document: Mapping[str, Any]) -> _Told | None:
@@ -189,6 +207,28 @@ def _scores(document: Mapping[str, Any]) -> dict[tuple[Any, ...], tuple[str, ...
             f"{score['num_items']:,} items{part}", f"lm-eval {version}, {dtype}".strip(", "),
         )  # fmt: skip
     return rows
+
+
+def _without_names(scores: Mapping[tuple[Any, ...], tuple[str, ...]]) -> Table:
+    """A corpus's held-out part is known as that, other texts by numbers: their names are files'."""
+    rows, num_texts = [], 0
+    for (kind, *_), (name, *rest) in scores.items():
+        if kind == "text" and name.endswith(" (held out)"):
+            name = "held-out documents"
+        elif kind == "text":
+            num_texts += 1
+            name = f"text {num_texts}"
+        rows.append((name, *rest))
+    return rows
+
+
+def _contamination(document: Mapping[str, Any]) -> dict[str, str]:
+    """Benchmark -> what is known of its items in the training text; unknown ones are not there."""
+    known = [Contamination(**entry) for entry in document.get("contamination") or ()]
+    return {
+        found.benchmark: replace(found, corpus="the corpus").sentence
+        for found in known if found.corpus
+    }  # fmt: skip
 
 
 def _memorised(document: Mapping[str, Any]) -> str:

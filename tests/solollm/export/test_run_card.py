@@ -15,10 +15,11 @@ from solollm.checkpoint import open_checkpoint
 from solollm.cli import main
 from solollm.completion import find_checkpoint
 from solollm.data.build import build_corpus
-from solollm.data.report import read_report
+from solollm.data.decontamination import Decontaminated
+from solollm.data.report import MixedPart, read_report
 from solollm.errors import IntegrityError, SoloLLMError
 from solollm.export import export_model
-from solollm.export.record import _sample_rows, held_out_figure, sample_section, table
+from solollm.export.record import _corpus_rows, _sample_rows, held_out_figure, sample_section, table
 from solollm.export.run_card import run_card
 from solollm.finetune.samples import SamplesIndex
 from solollm.runs import Run
@@ -161,8 +162,11 @@ def copied(run: Path, tmp_path: Path) -> Path:
 
 @pytest.mark.parametrize(
     "document",
-    [{"texts": 5}, {"texts": [{}]}, {"texts": [{"name": 1}]}, {"benchmarks": [1]},
-     {"benchmarks": {"scores": [{}]}}, {"passages": [{}]}],
+    [
+        {"texts": 5}, {"texts": [{}]}, {"texts": [{"name": 1}]}, {"benchmarks": [1]},
+        {"benchmarks": {"scores": [{}]}}, {"passages": [{}]}, {"contamination": [{}]},
+        {"contamination": 3}, {"model": 3},
+    ],
 )  # fmt: skip
 def test_an_evaluation_of_another_layout_is_passed_over(copied: Path, document: Any) -> None:
     """Guards against a traceback for a file that something else has written."""
@@ -170,6 +174,59 @@ def test_an_evaluation_of_another_layout_is_passed_over(copied: Path, document: 
     (step,) = (path.name for path in (copied / "checkpoints").iterdir())
     (copied / "evaluations" / f"{step}-zzz.json").write_text(json.dumps(document))
     assert run_card(copied) == before
+
+
+def test_an_evaluation_of_other_weights_is_passed_over(copied: Path) -> None:
+    """Guards a figure of a checkpoint that was written anew under the same name."""
+    before = run_card(copied)
+    (stored,) = (copied / "evaluations").glob("*.json")
+    document = json.loads(stored.read_text())
+    assert "bits per byte" in before.split("## Evaluation")[1].split("by |")[1]
+    document["model"]["manifest_sha256"] = "0" * 64
+    stored.write_text(json.dumps(document))
+    assert "measured on" not in run_card(copied)
+
+
+def test_names_of_measured_texts_stay_here(copied: Path) -> None:
+    """Guards who measured a model on a client's file, and what is told of the items asked."""
+    (stored,) = (copied / "evaluations").glob("*.json")
+    document = json.loads(stored.read_text())
+    document["texts"].append({**document["texts"][0], "name": "clients/miller.txt"})
+    document["texts"].append({**document["texts"][0], "name": "other.txt"})
+    document["contamination"] = [
+        {"benchmark": "mmlu", "corpus": "secret", "looked_for": 5, "not_looked_for": 0,
+         "too_short": 2},
+        {"benchmark": "arc", "corpus": "", "looked_for": 0, "not_looked_for": 0, "too_short": 0},
+    ]  # fmt: skip
+    stored.write_text(json.dumps(document))
+    text = run_card(copied)
+    for row in ("| held-out documents |", "| text 1 |", "| text 2 |"):
+        assert row in text
+    assert (
+        "- mmlu: the corpus was built without texts that hold one of these 5 items (2 are" in text
+    )
+    for private in ("miller", "other.txt", "secret", "arc:"):
+        assert private not in text
+
+
+def test_a_mix_and_what_was_looked_for(run: Path, corpus: Path) -> None:
+    """Guards the two rows that few corpora have."""
+    state = open_checkpoint(find_checkpoint(run)[0])
+    report = read_report(corpus)
+    part = MixedPart(
+        corpus="secret", fingerprint="f", weight=1, documents=3, tokens=9, share=0.3, passes=2
+    )
+    looked = Decontaminated(source="gsm8k/test.jsonl", items=1319, too_short=0, found=2, texts=1)
+    rows = _corpus_rows(
+        report.model_copy(update={"mixed": (part, part), "decontaminated": (looked,)}),
+        state.state, is_all=True,
+    )  # fmt: skip
+    state.close()
+    assert (
+        "mixed of corpora",
+        "shares of the tokens: 30.0% (2.00 passes), 30.0% (2.00 passes)",
+    ) in rows
+    assert ("looked for", "1,319 items of gsm8k/test.jsonl: 1 text that held one left out") in rows
 
 
 def test_rows_without_a_step_are_passed_over(copied: Path) -> None:
