@@ -39,7 +39,16 @@ def print_table(terminal: Console, columns: Sequence[str], rows: Iterable[Sequen
 
 
 class Number(click.FloatRange):
-    """A float within bounds, which "nan" and "inf" are not."""
+    """A float within bounds, if any, which "nan" and "inf" are not."""
+
+    def __init__(self, min: float | None = None, max: float | None = None, **options: bool) -> None:
+        super().__init__(min, max, **options)
+        if min is None and max is None:
+            self.name = "float"  # of help, which would call it a range
+
+    def _describe_range(self) -> str:
+        """For help, which would say `x<=None`."""
+        return "" if self.min is None and self.max is None else super()._describe_range()
 
     def convert(
         self, value: Any, param: click.Parameter | None, ctx: click.Context | None

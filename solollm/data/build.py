@@ -225,10 +225,12 @@ class _Build:
             for reason, cause in lost.items()
         ]
         fix = "give text files, JSON lines with a `text` field, or Parquet with a text column"
+        if not self._tally.causes("broken").keys() | self._tally.causes("passed_over").keys():
+            fix = "look at what was left out, and choose other rules, or other sources"
         if told and not self._tally.items:
             fix = "name the files one by one (FOLDER/*): then they are read, whatever their suffix"
         return DataError(
-            f"nothing usable is left of {self._tally.items} items",
+            f"nothing usable is left of {self._tally.items:,} item{'s'[: self._tally.items != 1]}",
             why=", ".join(told) or "the sources hold no files",
             fix=fix,
         )

@@ -56,3 +56,10 @@ def test_settings_refuse_them_too(key: str, value: float) -> None:
     table, name = key.split(".")
     with pytest.raises(ConfigError, match=key.replace(".", r"\.")):
         parse_config({table: {name: value}})
+
+
+def test_help_names_no_bound_that_is_none() -> None:
+    """Guards help against click's `x<=None` for a number without bounds."""
+    for path, option in floats(command):
+        record = option.get_help_record(click.Context(command))
+        assert record is None or "None" not in record[1], f"{path}: {record}"
