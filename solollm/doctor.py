@@ -34,6 +34,7 @@ TRAINING_SHARE = 0.6
 _LOW_DISK_BYTES = 10 << 30
 _PURPOSES = {
     "zstandard": "read .zst sources",
+    "py3langid": "tell languages apart in sources",
     "pyarrow": "read .parquet sources",
     "datasets": "read datasets by id",
     "tensorboardX": "log.sinks tensorboard",

@@ -67,6 +67,10 @@ command.add_command(mix)
     " can be given several times.",
 )  # fmt: skip
 @click.option(
+    "--language", "languages", multiple=True, metavar="CODE",
+    help="Drop texts in another language than this one, such as en; can be given several times.",
+)  # fmt: skip
+@click.option(
     "--quality", type=click.Choice(["gopher", "fineweb", "repetition", "code"]),
     help="Drop texts that do not keep published rules of thumb: for English prose (gopher), for"
     " web pages (fineweb), for any language (repetition), for source code (code).",
@@ -101,8 +105,9 @@ command.add_command(mix)
 def build(
     *, sources: tuple[str, ...], out: Path, tokenizer: Path | None, vocab_size: int | None,
     validation_fraction: float, split_rule: Literal["hash", "sha1-mod20"],
-    near_duplicates: float | None, decontaminate: tuple[str, ...], quality: QualityRules | None,
-    private: PrivateAction | None, canaries: int, canary_seed: int, text_fields: tuple[str, ...],
+    near_duplicates: float | None, decontaminate: tuple[str, ...], languages: tuple[str, ...],
+    quality: QualityRules | None, private: PrivateAction | None, canaries: int, canary_seed: int,
+    text_fields: tuple[str, ...],
     max_document_chars: int, max_ratio: float, overwrite: bool, as_json: bool,
 ) -> None:  # fmt: skip
     """Read SOURCES, drop duplicates, tokenise, and write a corpus to train on.
@@ -126,7 +131,7 @@ def build(
             sources, out, tokenizer=Tokenizer.load(tokenizer) if tokenizer else None,
             vocab_size=vocab_size, validation_fraction=validation_fraction,
             split_rule=split_rule, near_duplicates=near_duplicates,
-            screening=Screening(decontaminate, private, quality),
+            screening=Screening(decontaminate, languages, private, quality),
             canaries=Canaries(canaries, canary_seed) if canaries else None, limits=limits,
             overwrite=overwrite, progress=progress,
         )  # fmt: skip

@@ -13,6 +13,7 @@ from solollm.data.cleaning import Defect, normalise
 from solollm.data.decontamination import CONTAMINATION_NAME, LOOKED_FOR_NAME, Decontamination
 from solollm.data.dedup import Spool, text_digest
 from solollm.data.items import Broken, Document, Limits, excerpt
+from solollm.data.languages import LANGUAGES_NAME, Languages
 from solollm.data.private import PRIVATE_NAME, PrivateAction, PrivateData
 from solollm.data.quality import QUALITY_NAME, Quality, QualityRules
 from solollm.data.records import Records
@@ -25,15 +26,17 @@ from solollm.durable import create_file
 
 @dataclass(frozen=True)
 class Screening:
-    """What is looked for in every text, in this order; nothing by default.
+    """What is looked for in every text; nothing by default.
 
     Attributes:
         decontaminate: benchmarks whose items no text may hold (`solollm.data.decontamination`).
+        languages: ISO 639 codes; texts in others are left out (`solollm.data.languages`).
         private: mask personal data and keys, or drop texts that hold any (`solollm.data.private`).
         quality: leave out texts that do not keep these rules (`solollm.data.quality`).
     """
 
     decontaminate: Sequence[str] = field(default=())
+    languages: Sequence[str] = field(default=())
     private: PrivateAction | None = None
     quality: QualityRules | None = None
 
@@ -58,6 +61,9 @@ class Intake:
         if screening.private is not None:
             self._private = PrivateData(screening.private, Records(staging / PRIVATE_NAME))
             self._screens.append(self._private)
+        if screening.languages:
+            records = Records(staging / LANGUAGES_NAME)
+            self._screens.append(Languages(screening.languages, records))
         if screening.quality is not None:
             self._screens.append(Quality(screening.quality, Records(staging / QUALITY_NAME)))
 
