@@ -28,6 +28,7 @@ Examples:
   solollm data build notes/ books/*.txt dump.jsonl.zst --out corpora/mine
   solollm data build crawl/*.jsonl.zst --out corpora/web --near-duplicates 0.8
   solollm data build crawl/*.jsonl.zst --out corpora/web --quality fineweb --decontaminate mmlu/test
+  solollm data build crawl/*.jsonl.zst --out corpora/law --like judgments/ --like-share 0.1
   solollm data build notes/ --out corpora/marked --canaries 60
   solollm data build hf://roneneldan/TinyStories:train --out corpora/stories
   solollm data build python://stdlib --out corpora/python --split-rule sha1-mod20
@@ -60,6 +61,15 @@ command.add_command(mix)
     "--near-duplicates", type=Number(), metavar="SHARE",
     help="Also drop texts of which a kept one has this share of the runs of five words, such as"
     " 0.8; default: equal texts alone.",
+)  # fmt: skip
+@click.option(
+    "--like", multiple=True, metavar="SOURCE",
+    help="Keep the texts that are most like those of this source, such as your own in a crawl; can"
+    " be given several times.",
+)  # fmt: skip
+@click.option(
+    "--like-share", type=Number(), default=0.5, show_default=True,
+    help="With --like: the share of the text that is kept.",
 )  # fmt: skip
 @click.option(
     "--decontaminate", multiple=True, metavar="BENCHMARK",
@@ -105,9 +115,9 @@ command.add_command(mix)
 def build(
     *, sources: tuple[str, ...], out: Path, tokenizer: Path | None, vocab_size: int | None,
     validation_fraction: float, split_rule: Literal["hash", "sha1-mod20"],
-    near_duplicates: float | None, decontaminate: tuple[str, ...], languages: tuple[str, ...],
-    quality: QualityRules | None, private: PrivateAction | None, canaries: int, canary_seed: int,
-    text_fields: tuple[str, ...],
+    near_duplicates: float | None, like: tuple[str, ...], like_share: float,
+    decontaminate: tuple[str, ...], languages: tuple[str, ...], quality: QualityRules | None,
+    private: PrivateAction | None, canaries: int, canary_seed: int, text_fields: tuple[str, ...],
     max_document_chars: int, max_ratio: float, overwrite: bool, as_json: bool,
 ) -> None:  # fmt: skip
     """Read SOURCES, drop duplicates, tokenise, and write a corpus to train on.
@@ -120,6 +130,7 @@ def build(
     from solollm.data.canaries import Canaries
     from solollm.data.intake import Screening
     from solollm.data.items import Limits
+    from solollm.data.likeness import Like
     from solollm.data.report import render_report
     from solollm.tokenizer import Tokenizer
 
@@ -130,7 +141,9 @@ def build(
         report = build_corpus(
             sources, out, tokenizer=Tokenizer.load(tokenizer) if tokenizer else None,
             vocab_size=vocab_size, validation_fraction=validation_fraction,
-            split_rule=split_rule, near_duplicates=near_duplicates,
+            split_rule=split_rule,
+            near_duplicates=near_duplicates,
+            like=Like(like, like_share) if like else None,
             screening=Screening(decontaminate, languages, private, quality),
             canaries=Canaries(canaries, canary_seed) if canaries else None, limits=limits,
             overwrite=overwrite, progress=progress,

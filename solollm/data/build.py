@@ -10,22 +10,21 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from solollm.data.canaries import CANARIES_NAME, Canaries
-from solollm.data.dedup import Spool, Spooled, SpooledTexts, Survey
+from solollm.data.dedup import Spool, Spooled, Survey
 from solollm.data.intake import Intake, Screening
-from solollm.data.items import Limits, excerpt
-from solollm.data.near_duplicates import NearDuplicate, find_near_duplicates
+from solollm.data.items import Limits
+from solollm.data.likeness import Like
 from solollm.data.placement import check_out, swept
-from solollm.data.records import Records
 from solollm.data.report import (
-    NEAR_DUPLICATES_NAME,
     REPORT_NAME,
     CorpusReport,
     SplitReport,
     Tally,
 )
+from solollm.data.selection import Selection
 from solollm.data.shards import (
     INDEX_NAME,
     SPLITS,
@@ -70,6 +69,7 @@ def build_corpus(
     validation_fraction: float = 0.02,
     split_rule: SplitRule = "hash",
     near_duplicates: float | None = None,
+    like: Like | None = None,
     screening: Screening | None = None,
     canaries: Canaries | None = None,
     limits: Limits | None = None,
@@ -87,6 +87,7 @@ def build_corpus(
         split_rule: "sha1-mod20" holds out texts whose SHA-1 is 0 modulo 20, whatever the fraction.
         near_duplicates: also leave out texts of which a kept one shares this much (0.5 to 1; see
             `solollm.data.near_duplicates`); None: equal texts alone.
+        like: keep the texts that are most like given ones (`solollm.data.likeness`).
         screening: benchmark items, personal data and poor text that is looked for and left out.
         canaries: planted among the training documents, to measure later what a model memorised.
         overwrite: replace a corpus that stands at `out`; anything else there is never touched.
@@ -117,7 +118,7 @@ def build_corpus(
             names, staging, held_out=held_out, limits=limits or Limits(), canaries=canaries,
             screening=screening or Screening(), progress=progress,
         )  # fmt: skip
-        return build.run(tokenizer, vocab_size, near_duplicates)
+        return build.run(tokenizer, vocab_size, near_duplicates, like)
 
 
 def default_vocab_size(text_bytes: int) -> int:
@@ -149,14 +150,21 @@ class _Build:
         self._spool = Spool(staging / "spool")
 
     def run(
-        self, tokenizer: Tokenizer | None, vocab_size: int | None, near: float | None
-    ) -> CorpusReport:
+        self, tokenizer: Tokenizer | None, vocab_size: int | None, near: float | None,
+        like: Like | None,
+    ) -> CorpusReport:  # fmt: skip
         self._intake.read(
             self._sources, self._spool, self._tally,
             lambda done: self._tell(Progress("reading", done, None)),
         )  # fmt: skip
+        selection = Selection(
+            self._spool, self._tally, self._staging,
+            lambda done, total: self._tell(Progress("comparing", done, total)),
+        )  # fmt: skip
         if near is not None:
-            self._leave_out_near(near)
+            selection.leave_out_near(near)
+        if like is not None and self._spool.survey().documents:
+            self._notes.append(selection.leave_out_unlike(like))
         survey = self._spool.survey()
         if not survey.documents:
             raise self._nothing_left()
@@ -185,35 +193,6 @@ class _Build:
         _write(self._staging / REPORT_NAME, report.model_dump_json(indent=1).encode())
         return report
 
-    def _leave_out_near(self, threshold: float) -> None:
-        """Near duplicates out of the spool, each with a line that says of what it is one."""
-        with self._spool.texts() as texts:
-            total, count = texts.text_bytes, len(texts)
-            found = find_near_duplicates(
-                _Texts(texts), threshold, self._staging / "spool",
-                tell=lambda done: self._tell(Progress("comparing", total * done // count, total)),
-            )  # fmt: skip
-            with Records(self._staging / NEAR_DUPLICATES_NAME) as records:
-                for pair in found:
-                    records.add(self._near_duplicate(texts, pair))
-        self._spool.leave_out(pair.text for pair in found)
-
-    def _near_duplicate(self, texts: SpooledTexts, pair: NearDuplicate) -> dict[str, Any]:
-        sources = self._tally.sources
-        text, like = texts[pair.text], texts[pair.like]
-        beginning = excerpt(text.text[:400].decode("utf-8", "ignore"))
-        detail = f"{pair.similarity:.2f} like one of {sources[like.source]}"
-        source = sources[text.source]
-        self._tally.dropped(source, "", "near duplicate", detail=detail, excerpt=beginning)
-        return {
-            "similarity": round(pair.similarity, 4),
-            "source": source, "digest": text.digest.hex(), "beginning": beginning,
-            "like": {
-                "source": sources[like.source], "digest": like.digest.hex(),
-                "beginning": excerpt(like.text[:400].decode("utf-8", "ignore")),
-            },
-        }  # fmt: skip
-
     def _nothing_left(self) -> DataError:
         lost = {
             reason: cause
@@ -225,7 +204,7 @@ class _Build:
             for reason, cause in lost.items()
         ]
         fix = "give text files, JSON lines with a `text` field, or Parquet with a text column"
-        if not self._tally.causes("broken").keys() | self._tally.causes("passed_over").keys():
+        if told and not self._tally.causes("broken") | self._tally.causes("passed_over"):
             fix = "look at what was left out, and choose other rules, or other sources"
         if told and not self._tally.items:
             fix = "name the files one by one (FOLDER/*): then they are read, whatever their suffix"
@@ -310,19 +289,6 @@ class _Build:
         )  # fmt: skip
         _write(self._staging / INDEX_NAME, encode_index(index))
         return index
-
-
-class _Texts:
-    """The texts alone."""
-
-    def __init__(self, spooled: SpooledTexts) -> None:
-        self._spooled = spooled
-
-    def __len__(self) -> int:
-        return len(self._spooled)
-
-    def __getitem__(self, number: int) -> str:
-        return self._spooled[number].text.decode()
 
 
 def _encode_batch(

@@ -127,14 +127,14 @@ class Spool:
                 descriptors.append(os.open(path, os.O_RDONLY))
                 stack.callback(os.close, descriptors[-1])
                 tables.append(_distinct(np.fromiter(_headers(descriptors[-1]), _ENTRY))[0])
-            yield SpooledTexts(descriptors, tables)
+            yield SpooledTexts(descriptors, tables, self._stays)
 
     def leave_out(self, numbers: Iterable[int]) -> None:
         """Give these of `texts` no more."""
-        with self.texts() as texts:
-            stays = np.ones(len(texts), bool)
-        stays[[*numbers]] = False
-        self._stays = stays
+        if self._stays is None:
+            with self.texts() as texts:
+                self._stays = np.ones(len(texts), bool)
+        self._stays[[*numbers]] = False
 
     def _buckets(self) -> Iterator[tuple[int, np.ndarray, int]]:
         """(open file, its distinct entries in order, the number of duplicates) per bucket."""
@@ -155,15 +155,23 @@ class Spool:
 
 
 class SpooledTexts:
-    """What `Spool.texts` gives."""
+    """What `Spool.texts` gives; `left`: the numbers of those that were not left out so far."""
 
-    def __init__(self, descriptors: list[int], tables: list[np.ndarray]) -> None:
+    def __init__(
+        self, descriptors: list[int], tables: list[np.ndarray], stays: np.ndarray | None
+    ) -> None:
         self._descriptors, self._entries = descriptors, np.concatenate(tables)
         self._stops = np.cumsum([table.size for table in tables])
+        self.left = np.arange(len(self)) if stays is None else np.nonzero(stays)[0]
+
+    @property
+    def sizes(self) -> np.ndarray:
+        """int64 [texts]: bytes of each."""
+        return self._entries["length"].astype(np.int64)
 
     @property
     def text_bytes(self) -> int:
-        return int(self._entries["length"].sum())
+        return int(self.sizes.sum())
 
     def __len__(self) -> int:
         return self._entries.size

@@ -218,10 +218,13 @@ def test_nothing_left_is_exit_five_and_says_why(tmp_path: Path, tokenizer: Token
     bad.write_bytes(b"\xff\xff")
     empty = tmp_path / "empty"
     empty.mkdir()
-    with pytest.raises(DataError, match=r"1 items.*1 not UTF-8 \(such as bad\.txt\)") as caught:
+    with pytest.raises(DataError, match=r"1 item\W.*1 not UTF-8 \(such as bad\.txt\)") as caught:
         build_corpus([bad], tmp_path / "c", tokenizer=tokenizer)
     assert caught.value.exit_code == 5
-    with pytest.raises(DataError, match="no files"):
+    with pytest.raises(DataError, match=r"no files.*give text files"):
+        build_corpus([empty], tmp_path / "c", tokenizer=tokenizer)
+    (empty / "blank.txt").write_text(" ")
+    with pytest.raises(DataError, match=r"1 empty.*look at what was left out"):
         build_corpus([empty], tmp_path / "c", tokenizer=tokenizer)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["bad.txt", "empty"]
     good = tmp_path / "good.txt"
