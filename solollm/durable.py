@@ -246,7 +246,9 @@ def clean_stale(folder: Path) -> list[str]:
     return report
 
 
-def require_space(folder: Path, needed_bytes: int) -> None:
+def require_space(
+    folder: Path, needed_bytes: int, *, fix: str = "free some space, or keep fewer checkpoints"
+) -> None:
     """Raise StorageError unless `folder`'s file system has `needed_bytes` free."""
     with _failures(folder):
         free = DISK.free_bytes(folder)
@@ -254,7 +256,7 @@ def require_space(folder: Path, needed_bytes: int) -> None:
         raise StorageError(
             f"not enough disk space under {folder}",
             why=f"{needed_bytes:,} bytes are needed and {free:,} are free",
-            fix="free some space, or keep fewer checkpoints",
+            fix=fix,
         )
 
 

@@ -1,4 +1,7 @@
-"""`solollm data build|report|inspect`: skins over `build_corpus`, `read_report` and the views."""
+"""`solollm data build|report|inspect`: skins over `build_corpus`, `read_report` and the views.
+
+`contamination`, `mix` and `tuning` have files of their own.
+"""
 
 from __future__ import annotations
 
@@ -8,9 +11,9 @@ from typing import TYPE_CHECKING, Literal
 import click
 
 from solollm.commands import Number, print_json
-from solollm.commands.building import build_progress, print_text
 from solollm.commands.data_contamination import contamination
 from solollm.commands.data_mix import mix
+from solollm.commands.data_progress import print_text, shown_progress
 from solollm.commands.data_tuning import tuning
 from solollm.errors import quoted
 
@@ -37,7 +40,7 @@ Examples:
 
 @click.group("data", epilog="\b\nExample:\n  solollm data build notes/ --out corpora/mine")
 def command() -> None:
-    """Build a corpus from files, folders and datasets, and look at one."""
+    """Build a corpus from files, folders and datasets, mix several, and look at one."""
 
 
 command.add_command(tuning)
@@ -137,7 +140,7 @@ def build(
     limits = Limits(
         max_document_chars=max_document_chars, max_ratio=max_ratio, text_fields=text_fields
     )
-    with build_progress(hidden=as_json) as progress:
+    with shown_progress(hidden=as_json) as progress:
         report = build_corpus(
             sources, out, tokenizer=Tokenizer.load(tokenizer) if tokenizer else None,
             vocab_size=vocab_size, validation_fraction=validation_fraction,

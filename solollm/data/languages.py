@@ -49,7 +49,8 @@ class Languages:
         if share >= _CERTAIN:
             return text
         language, certainty = ranked[0]
-        is_certain = certainty >= _CERTAIN and language != _NO_LANGUAGE
+        named = "none" if language == _NO_LANGUAGE else language
+        is_certain = certainty >= _CERTAIN and named == language
         reason = f"in the language {language}" if is_certain else "in no certain language"
         beginning = excerpt(text)
         self.records.add(
@@ -59,7 +60,7 @@ class Languages:
                 "beginning": beginning,
             }
         )  # fmt: skip
-        return LeftOut(reason, f"{certainty:.0%}:", beginning)
+        return LeftOut(reason, f"{named} {certainty:.0%}:", beginning)
 
 
 def _pieces(text: str) -> str:

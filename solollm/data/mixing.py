@@ -1,26 +1,20 @@
-"""One corpus out of several, by weights: more of what there is little of, less of the rest.
+"""One corpus out of several: each gives its share of the training tokens.
 
-Weights are shares of the training tokens. A part that is to give more than it holds gives every
-document several times; one that is to give less gives those with the lowest hashes. All decisions
-and the order come from hashes of the documents' tokens, so that the result depends on what the
-parts hold, on the weights and on the number of tokens, and not on where the parts lie or how they
-are listed.
-
-Memory holds some 120 bytes per document, 60 per copy, and one document's tokens.
+The result follows from contents, weights and the number of tokens alone: not from where the
+corpora lie or in what order they are named. What is taken, how often and in what order is decided
+in `solollm.data.shares`. Held at once are about 150 bytes per document, one block of tokens, and
+never a text; documents are read where they lie.
 """
 
 from __future__ import annotations
 
-import hashlib
-import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from itertools import pairwise
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 
 from solollm.data.build import Progress
-from solollm.data.canaries import CANARIES_NAME
 from solollm.data.decontamination import (
     LOOKED_FOR_NAME,
     Decontaminated,
@@ -29,13 +23,15 @@ from solollm.data.decontamination import (
 )
 from solollm.data.inspection import corpus_tokenizer
 from solollm.data.items import excerpt
-from solollm.data.placement import check_out, swept
+from solollm.data.parts import OpenPart, Part, check_folders, open_parts, verify_parts
+from solollm.data.placement import swept
 from solollm.data.report import (
     REPORT_NAME,
     Cause,
     CorpusReport,
+    Example,
     LongDocument,
-    MixedPart,
+    PartReport,
     SourceReport,
     SplitReport,
     read_report,
@@ -51,24 +47,26 @@ from solollm.data.shards import (
     SplitWriter,
     encode_index,
     sealed,
-    verify_corpus,
 )
-from solollm.data.shares import ENTRY, count_equals, draw_copies, first_of_equals
-from solollm.durable import create_file, staged_directory
-from solollm.errors import ConfigError, quoted
+from solollm.data.shares import (
+    DOCUMENT,
+    Sifted,
+    arranged,
+    copies_of,
+    digest_of,
+    first_of_equals,
+    sift,
+)
+from solollm.durable import create_file, require_space, staged_directory
+from solollm.errors import ConfigError, DataError
 from solollm.tokenizer import Tokenizer
 
-MANY_PASSES = (
-    4.0  # Muennighoff et al. 2023, arXiv:2305.16264: up to here nearly as good as new text
-)
-_LONGEST = 5
-
-
-class Part(NamedTuple):
-    """A built corpus and its weight; None: what it holds, in tokens."""
-
-    corpus: Path
-    weight: float | None = None
+MANY_PASSES = 4  # up to about that many are nearly as good as new text: arXiv:2305.16264
+_BLOCK_TOKENS = 2**20
+_BEGINNING_TOKENS = 200
+_MOST_TOKENS = 2**60  # that an index can tell of
+_NEARLY_ALL = 0.9  # of a part's tokens: where less is its own, a note says so
+_SHOWN = 5  # longest documents, and examples of a cause
 
 
 def mix_corpora(
@@ -79,277 +77,286 @@ def mix_corpora(
     overwrite: bool = False,
     progress: Callable[[Progress], None] | None = None,
 ) -> CorpusReport:
-    """Build the corpus `out` from built ones.
+    """Make the corpus `out` of others with the same tokenizer, by their shares of the training
+    tokens; of the validation splits it holds every document once.
 
     Args:
-        parts: of one tokenizer; all with a weight or none.
-        tokens: of the training split, to within a document per part; None: as many as the parts'
-            hold together.
-        overwrite: replace a corpus that stands at `out`; never one of the parts.
+        tokens: of the training split; default: as many as the parts hold, equal documents once.
+        overwrite: replace a corpus that stands at `out`; anything else there is never touched.
+        progress: is told bytes of tokens while they are checked, read and written.
 
     Raises:
-        ConfigError: parts that do not go together, or a setting that cannot be used.
-        IntegrityError: a damaged part; every byte is compared with its index first.
+        ConfigError: a part or a setting that cannot be used, or `out` is taken.
+        DataError: a part has no training documents of its own.
+        IntegrityError: a part is damaged; nothing was written.
         StorageError: the disk is full or failing; an older corpus still stands.
     """
-    _check(parts, tokens)
-    check_out(out, [str(part.corpus) for part in parts], overwrite=overwrite)
-    opened = sorted((_Opened(part) for part in parts), key=lambda part: part.index.fingerprint)
-    _require_one_tokenizer(opened)
-    with swept(out), staged_directory(out) as staging:
-        return _Mix(opened, staging, progress or (lambda _: None)).run(tokens)
-
-
-class _Opened:
-    """A part, proven to be whole."""
-
-    def __init__(self, part: Part) -> None:
-        self.corpus, self.weight = part.corpus, part.weight
-        self.name = part.corpus.resolve().name
-        self.index = verify_corpus(part.corpus)
-        self.readers = {split: SplitReader(part.corpus, split) for split in SPLITS}
-        self.looked_for = read_digests(part.corpus)
-
-    def num_tokens(self) -> int:
-        return sum(record.tokens for record in self.index.splits.values())
+    if tokens is not None and not 1 <= tokens <= _MOST_TOKENS:
+        raise ConfigError(f"tokens must be from 1 to 2^60, not {tokens:g}")
+    check_folders([part.corpus for part in parts], out, overwrite=overwrite)
+    inputs = open_parts(parts)
+    tell = progress or (lambda _: None)
+    verify_parts(inputs, tell)
+    mix = _Mix(inputs, tokens, tell)
+    with swept(out):
+        mix.require_space(out.parent)
+        with staged_directory(out) as staging:
+            return mix.write(staging)
 
 
 class _Mix:
-    """One mix, stage by stage, inside its staging folder."""
+    """What one mixture takes, decided when it is made, and then written."""
 
     def __init__(
-        self, parts: Sequence[_Opened], staging: Path, tell: Callable[[Progress], None]
+        self, inputs: Sequence[OpenPart], tokens: int | None, tell: Callable[[Progress], None]
     ) -> None:
-        self._parts, self._staging, self._tell = parts, staging, tell
-        self._tokenizer = corpus_tokenizer(parts[0].corpus)
-        self._width = np.dtype(parts[0].index.dtype).itemsize  # bytes of a token
+        self._inputs, self._tell = inputs, tell
+        self._index = inputs[0].index
+        self._tokenizer = corpus_tokenizer(
+            min(inputs, key=lambda part: part.index.fingerprint).corpus
+        )
+        self._num_items = sum(part.num_documents for part in inputs)
+        self._sifted: Sifted = sift(self._described())
+        held = self._held_tokens()
+        total = sum(held) if tokens is None else tokens
+        wanted = [max(1, round(total * part.share)) for part in inputs]
+        self._copies = copies_of(self._sifted.train, wanted)
+        train = self._sifted.train
+        taken = train["tokens"].astype(np.int64) * self._copies
+        self._given = [int(taken[train["part"] == number].sum()) for number in range(len(inputs))]
+        self._held = held
+        self._passes = [given / tokens for given, tokens in zip(self._given, held, strict=True)]
 
-    def run(self, tokens: int | None) -> CorpusReport:
-        documents = self._documents()
-        is_first = first_of_equals(documents)
-        train = documents[is_first & ~documents["validation"]]
-        held_out = documents[is_first & documents["validation"]]
-        wanted = self._wanted(train, tokens)
-        copies = np.concatenate(
-            [draw_copies(train, number, share) for number, share in enumerate(wanted)]
-        )
-        ordered = copies["document"][np.argsort(copies["order"], kind="stable")]
-        index = self._write_index(
-            {
-                "train": self._write("train", train[ordered]),
-                "validation": self._write("validation", held_out),
-            }
-        )
-        shutil.copytree(self._parts[0].corpus / TOKENIZER_FOLDER, self._staging / TOKENIZER_FOLDER)
-        drawn = train[np.unique(copies["document"])]
-        mixed = self._mixed(train, copies["document"])
-        equals = count_equals(documents, is_first)
-        left_out = {
-            "held out by another part": equals.held_out, "not drawn": len(train) - len(drawn),
-        }  # fmt: skip
-        report = CorpusReport(
-            fingerprint=index.fingerprint, items=len(documents), kept=len(drawn) + len(held_out),
-            duplicates=equals.equal,
-            dropped={
-                reason: Cause(count=count, examples=())
-                for reason, count in left_out.items() if count
-            },
-            broken={}, passed_over={},
+    def require_space(self, folder: Path) -> None:
+        """Raise StorageError unless the result fits there."""
+        tokens = sum(self._given) + int(self._sifted.validation["tokens"].sum())
+        require_space(
+            folder, tokens * np.dtype(self._index.dtype).itemsize,
+            fix="free some space, or ask for fewer --tokens",
+        )  # fmt: skip
+
+    def write(self, staging: Path) -> CorpusReport:
+        once = np.ones(self._sifted.validation.size, np.int64)
+        taken = {
+            "train": (self._sifted.train, self._copies),
+            "validation": (self._sifted.validation, once),
+        }
+        records: dict[Split, SplitRecord] = {}
+        for split in SPLITS:
+            documents, copies = taken[split]
+            records[split] = self._write_split(
+                staging, split, documents, arranged(documents, copies)
+            )
+        (staging / TOKENIZER_FOLDER).mkdir()
+        for name, content in self._tokenizer.files().items():
+            _write(staging / TOKENIZER_FOLDER / name, content)
+        index = sealed(self._index.model_copy(update={"splits": records}))
+        _write(staging / INDEX_NAME, encode_index(index))
+        report = self._report(index)
+        looked_for = frozenset.intersection(*(read_digests(part.corpus) for part in self._inputs))
+        if looked_for:
+            _write(staging / LOOKED_FOR_NAME, encode_digests(looked_for))
+        assert report.unaccounted == 0, f"{report.unaccounted} documents left no trace"
+        _write(staging / REPORT_NAME, report.model_dump_json(indent=1).encode())
+        return report
+
+    def _described(self) -> np.ndarray:
+        """A table of all documents, made in one pass over the tokens."""
+        found = np.empty(self._num_items, DOCUMENT)
+        filled = done = 0
+        total = sum(part.num_bytes for part in self._inputs)
+        text_bytes = _text_bytes(self._tokenizer)
+        for number, part in enumerate(self._inputs):
+            for split, reader in part.readers.items():
+                for block in _described_blocks(reader, text_bytes):
+                    block["part"], block["is_train"] = number, split == "train"
+                    found[filled : filled + block.size] = block
+                    filled += block.size
+                    done += int(block["tokens"].sum()) * np.dtype(self._index.dtype).itemsize
+                    self._tell(Progress("reading", done, total))
+        return found
+
+    def _held_tokens(self) -> list[int]:
+        """Of each part: what is there to train on."""
+        train = self._sifted.train
+        held = []
+        for number, part in enumerate(self._inputs):
+            held.append(int(train["tokens"][train["part"] == number].sum()))
+            if not held[-1]:
+                raise DataError(
+                    f"{part.corpus} gives nothing to train on",
+                    why=f"of its {part.readers['train'].record.documents:,} training documents each"
+                    " is in another of the corpora too, or held out by one",
+                    fix="leave it out",
+                )
+        return held
+
+    def _write_split(
+        self, staging: Path, split: Split, documents: np.ndarray, order: np.ndarray
+    ) -> SplitRecord:
+        itemsize = np.dtype(self._index.dtype).itemsize
+        done = 0 if split == SPLITS[0] else sum(self._given)
+        total = (sum(self._given) + int(self._sifted.validation["tokens"].sum())) * itemsize
+        with SplitWriter(
+            staging, split, vocab_size=self._index.vocab_size, bos_id=self._index.bos_id,
+            eos_id=self._index.eos_id,
+        ) as writer:  # fmt: skip
+            told = 0
+            for number in order:
+                document = documents[number]
+                writer.add(self._tokens(document, split)[1:-1], int(document["text_bytes"]))
+                if writer.num_tokens - told >= _BLOCK_TOKENS:
+                    told = writer.num_tokens
+                    self._tell(Progress("writing", (done + told) * itemsize, total))
+            self._tell(Progress("writing", (done + writer.num_tokens) * itemsize, total))
+            return writer.finish()
+
+    def _tokens(self, document: np.void, split: Split) -> np.ndarray:
+        """int32, with bos and eos."""
+        start = int(document["start"])
+        reader = self._inputs[int(document["part"])].readers[split]
+        return reader.tokens(start, start + int(document["tokens"]))
+
+    def _beginning(self, document: np.void) -> str:
+        split: Split = "train" if document["is_train"] else "validation"
+        ids = self._tokens(document, split)[:_BEGINNING_TOKENS]
+        return excerpt(self._tokenizer.decode(ids.tolist()))
+
+    def _report(self, index: CorpusIndex) -> CorpusReport:
+        train = self._sifted.train
+        kept = np.concatenate([train[self._copies > 0], self._sifted.validation])
+        distinct = kept[first_of_equals(kept) == np.arange(kept.size)]
+        sizes = distinct["text_bytes"].astype(np.int64)
+        longest = distinct[np.argsort(-sizes, kind="stable")[:_SHOWN]]
+        return CorpusReport(
+            fingerprint=index.fingerprint, items=self._num_items, kept=kept.size,
+            duplicates=self._sifted.num_duplicates, dropped=self._dropped(), broken={},
+            passed_over={},
             splits={
                 name: SplitReport(documents=r.documents, tokens=r.tokens, text_bytes=r.text_bytes)
                 for name, r in index.splits.items()
             },
-            sources=self._sources(np.concatenate([drawn, held_out])),
-            longest=self._longest(np.concatenate([drawn, held_out])),
+            sources=tuple(
+                SourceReport(source=part.name, documents=own.size, text_bytes=int(own.sum()))
+                for number, part in enumerate(self._inputs)
+                for own in [kept["text_bytes"][kept["part"] == number]]
+            ),
+            longest=tuple(
+                LongDocument(
+                    source=self._inputs[int(document["part"])].name,
+                    text_bytes=int(document["text_bytes"]), beginning=self._beginning(document),
+                )
+                for document in longest
+            ),
             vocab_size=index.vocab_size, tokenizer_digest=index.tokenizer_digest,
-            decontaminated=self._decontaminated(), mixed=mixed, notes=_notes(mixed),
+            decontaminated=_looked_for_in_all(self._inputs), parts=self._parts(),
+            notes=self._notes(),
         )  # fmt: skip
-        assert report.unaccounted == 0, f"{report.unaccounted} documents left no trace"
-        digests = frozenset.intersection(*(part.looked_for for part in self._parts))
-        if digests:
-            self._put(LOOKED_FOR_NAME, encode_digests(digests))
-        self._put(REPORT_NAME, report.model_dump_json(indent=1).encode())
-        return report
 
-    def _documents(self) -> np.ndarray:
-        """Every document of every part, by its digest; held-out ones before equal others."""
-        sizes = _token_bytes(self._tokenizer)
-        total = sum(part.num_tokens() for part in self._parts)
-        tables, done = [], 0
-        splits = [(n, split) for n in range(len(self._parts)) for split in SPLITS]
-        for number, split in splits:
-            reader = self._parts[number].readers[split]
-            found = np.empty(reader.record.documents, ENTRY)
-            for document in range(len(found)):
-                ids = reader.document(document)[1:-1]
-                digest = hashlib.blake2b(ids.tobytes(), digest_size=16).digest()
-                found[document] = (
-                    *np.frombuffer(digest, "<u8"), number, document, ids.size + 2,
-                    sizes[ids].sum(), split == "validation",
-                )  # fmt: skip
-                done += ids.size + 2
-                self._tell(Progress("comparing", done * self._width, total * self._width))
-            tables.append(found)
-        documents = np.concatenate(tables)
-        order = np.lexsort(
-            (documents["part"], ~documents["validation"], documents["low"], documents["high"])
-        )
-        return documents[order]
-
-    def _wanted(self, train: np.ndarray, tokens: int | None) -> list[float]:
-        """How many tokens each part is to give."""
-        held = [
-            int(train["tokens"][train["part"] == number].sum(dtype=np.int64))
-            for number in range(len(self._parts))
-        ]
-        for part, holds in zip(self._parts, held, strict=True):
-            if not holds:
-                raise ConfigError(
-                    f"{part.name} adds nothing to train on",
-                    why="each of its training documents is in another part as well, or it has none",
-                    fix="leave it out",
-                )
-        weights = [
-            holds if part.weight is None else part.weight
-            for part, holds in zip(self._parts, held, strict=True)
-        ]
-        total = sum(held) if tokens is None else tokens
-        return [total * weight / sum(weights) for weight in weights]
-
-    def _write(self, split: Split, documents: np.ndarray) -> SplitRecord:
-        index = self._parts[0].index
-        with SplitWriter(
-            self._staging, split, vocab_size=index.vocab_size, bos_id=index.bos_id,
-            eos_id=index.eos_id,
-        ) as writer:  # fmt: skip
-            total = int(documents["tokens"].sum(dtype=np.int64)) * self._width
-            for entry in documents:
-                writer.add(self._ids(entry), int(entry["text"]))
-                self._tell(Progress("writing", writer.num_tokens * self._width, total))
-            return writer.finish()
-
-    def _ids(self, entry: np.void) -> np.ndarray:
-        split: Split = "validation" if entry["validation"] else "train"
-        reader = self._parts[int(entry["part"])].readers[split]
-        return reader.document(int(entry["number"]))[1:-1]
-
-    def _write_index(self, records: dict[Split, SplitRecord]) -> CorpusIndex:
-        first = self._parts[0].index
-        index = sealed(first.model_copy(update={"splits": records}))
-        self._put(INDEX_NAME, encode_index(index))
-        return index
-
-    def _put(self, name: str, content: bytes) -> None:
-        with create_file(self._staging / name, expected_bytes=len(content)) as file:
-            file.write(content)
-
-    def _mixed(self, train: np.ndarray, copies: np.ndarray) -> tuple[MixedPart, ...]:
-        """`copies`: the place of each in `train`."""
-        total = int(train["tokens"][copies].sum(dtype=np.int64))
-        found = []
-        for number, part in enumerate(self._parts):
-            own = train["part"] == number
-            given = copies[own[copies]]
-            tokens = int(train["tokens"][given].sum(dtype=np.int64))
-            held = int(train["tokens"][own].sum(dtype=np.int64))
-            found.append(
-                MixedPart(
-                    corpus=part.name, fingerprint=part.index.fingerprint, weight=part.weight,
-                    documents=len(given), tokens=tokens, share=tokens / total,
-                    passes=tokens / held,
-                )
-            )  # fmt: skip
-        return tuple(found)
-
-    def _sources(self, documents: np.ndarray) -> tuple[SourceReport, ...]:
-        found = [
-            SourceReport(
-                source=part.name, documents=int((documents["part"] == number).sum()),
-                text_bytes=int(documents["text"][documents["part"] == number].sum(dtype=np.int64)),
+    def _parts(self) -> tuple[PartReport, ...]:
+        """The heaviest first."""
+        part_of = self._sifted.train["part"]
+        parts = [
+            PartReport(
+                name=part.name, fingerprint=part.index.fingerprint, weight=float(part.share),
+                documents=int(self._copies[part_of == number].sum()),
+                tokens=self._given[number], passes=self._passes[number],
             )
-            for number, part in enumerate(self._parts)
+            for number, part in enumerate(self._inputs)
         ]  # fmt: skip
-        return tuple(sorted(found, key=lambda entry: (-entry.text_bytes, entry.source)))
+        return tuple(sorted(parts, key=lambda part: (-part.weight, part.fingerprint)))
 
-    def _longest(self, documents: np.ndarray) -> tuple[LongDocument, ...]:
-        longest = documents[np.argsort(-documents["text"].astype(np.int64), kind="stable")]
-        return tuple(
-            LongDocument(
-                source=self._parts[int(entry["part"])].name, text_bytes=int(entry["text"]),
-                beginning=excerpt(self._tokenizer.decode(self._ids(entry)[:400].tolist())),
-            )
-            for entry in longest[:_LONGEST]
-        )  # fmt: skip
-
-    def _decontaminated(self) -> tuple[Decontaminated, ...]:
-        """Of benchmarks that were looked for in every part: what was found in them together."""
-        reports = [read_report(part.corpus).decontaminated for part in self._parts]
-        in_all = []
-        for first in reports[0]:
-            same = [found for report in reports for found in report if _same(found, first)]
-            if len(same) == len(reports):
-                in_all.append(
-                    first.model_copy(
-                        update={
-                            "found": max(found.found for found in same),
-                            "texts": sum(found.texts for found in same),
-                        }
-                    )
-                )
-        return tuple(in_all)
-
-
-def _check(parts: Sequence[Part], tokens: int | None) -> None:
-    places = [part.corpus.resolve() for part in parts]
-    if not parts:
-        raise ConfigError("no corpora to mix", fix="name built corpora: corpora/web=0.7")
-    for place in places:
-        if places.count(place) > 1:
-            raise ConfigError(f"{place.name} is named twice", fix="give it one larger weight")
-    weights = [part.weight for part in parts]
-    if None in weights and any(weight is not None for weight in weights):
-        raise ConfigError(
-            "some corpora have a weight and others have none",
-            fix="give all of them one (corpora/web=0.7), or none for what they hold",
+    def _notes(self) -> tuple[str, ...]:
+        less = [
+            f"{part.name} has {held:,} tokens to train on, of {whole:,}: the rest is also in"
+            " another corpus, which it counts for, or is held out by one"
+            for part, held in zip(self._inputs, self._held, strict=True)
+            if held < _NEARLY_ALL * (whole := part.readers["train"].record.tokens)
+        ]
+        return *sorted(less), *(
+            f"{part.name} is passed {part.passes:.2f} times: text shown up to about {MANY_PASSES}"
+            " times is nearly as good as new, more often it helps less and less (Muennighoff et al."
+            " 2023, arXiv:2305.16264)"
+            for part in self._parts()
+            if part.passes > MANY_PASSES
         )
-    for part in parts:
-        if part.weight is not None and not 0 < part.weight < float("inf"):
-            raise ConfigError(f"the weight of {part.corpus} is {part.weight:g}, not above 0")
-        if (part.corpus / CANARIES_NAME).exists():
-            raise ConfigError(
-                f"{part.corpus} holds canaries",
-                why="in a mix they would no longer be there as often as is written down",
-                fix="build it without --canaries",
+
+    def _dropped(self) -> dict[str, Cause]:
+        """Training documents that are in no place of the result, by reason."""
+        found = {}
+        leaked = self._sifted.leaked
+        if leaked.size:
+            found["equal to a held-out document"] = Cause(
+                count=leaked.size,
+                examples=tuple(
+                    Example(
+                        source=self._inputs[int(document["part"])].name,
+                        excerpt=self._beginning(document),
+                    )
+                    for document in leaked[:_SHOWN]
+                ),
             )
-    if tokens is not None and tokens < 1:
-        raise ConfigError(f"{tokens:,} tokens are no corpus", fix="give --tokens 1e6 or more")
-
-
-def _require_one_tokenizer(parts: Sequence[_Opened]) -> None:
-    first = parts[0]
-    for part in parts[1:]:
-        if part.index.tokenizer_digest != first.index.tokenizer_digest:
-            raise ConfigError(
-                f"{part.name} has another tokenizer than {first.name}",
-                why="the same number means another text in each of them",
-                fix="build one of them again with the other's:"
-                f" --tokenizer {quoted(first.corpus / TOKENIZER_FOLDER)}",
+        over = self._sifted.train["part"][self._copies == 0]
+        if over.size:
+            counts = np.bincount(over, minlength=len(self._inputs))
+            found["beyond the share of its corpus"] = Cause(
+                count=over.size,
+                examples=tuple(
+                    Example(source=part.name, detail=f"{count:,} documents")
+                    for part, count in zip(self._inputs, counts.tolist(), strict=True)
+                    if count
+                ),
             )
+        return found
 
 
-def _same(one: Decontaminated, other: Decontaminated) -> bool:
-    return (one.source, one.items, one.too_short) == (other.source, other.items, other.too_short)
-
-
-def _token_bytes(tokenizer: Tokenizer) -> np.ndarray:
-    """int64 [vocabulary]: bytes of text of each id."""
-    return np.array([len(tokenizer.token_bytes(i)) for i in range(tokenizer.vocab_size)], np.int64)
-
-
-def _notes(mixed: Sequence[MixedPart]) -> tuple[str, ...]:
+def _looked_for_in_all(inputs: Sequence[OpenPart]) -> tuple[Decontaminated, ...]:
+    """Benchmarks that the builds of all parts looked for, with what was found in them together."""
+    of_parts = [
+        {(found.source, found.items, found.too_short): found for found in report.decontaminated}
+        for report in (read_report(part.corpus) for part in inputs)
+    ]
     return tuple(
-        f"{part.corpus} is in it {part.passes:.1f} times: text that is read more than"
-        f" {MANY_PASSES:.0f} times teaches little more"
-        for part in mixed
-        if part.passes > MANY_PASSES
+        found.model_copy(
+            update={
+                "found": max(of_part[key].found for of_part in of_parts),
+                "texts": sum(of_part[key].texts for of_part in of_parts),
+            }
+        )
+        for key, found in of_parts[0].items()
+        if all(key in of_part for of_part in of_parts)
     )
+
+
+def _text_bytes(tokenizer: Tokenizer) -> np.ndarray:
+    """int64 [vocabulary]: bytes of text that each id stands for; none for special ones."""
+    sizes = np.array([len(tokenizer.token_bytes(i)) for i in range(tokenizer.vocab_size)], np.int64)
+    sizes[list(tokenizer.special_tokens.values())] = 0
+    return sizes
+
+
+def _described_blocks(reader: SplitReader, text_bytes: np.ndarray) -> Iterator[np.ndarray]:
+    """Tables of a split's documents, in order, without part and split; at most a block of tokens
+    or one document is read at once."""
+    tokens = reader.record.tokens
+    borders = np.append(reader.starts_between(0, tokens), tokens)
+    first = 0
+    while first < borders.size - 1:
+        fits = int(np.searchsorted(borders, borders[first] + _BLOCK_TOKENS, side="right")) - 1
+        last = max(first + 1, fits)
+        starts = borders[first:last] - borders[first]
+        ids = reader.tokens(int(borders[first]), int(borders[last])).astype("<i4", copy=False)
+        block = np.empty(starts.size, DOCUMENT)
+        block["start"], block["tokens"] = borders[first:last], np.diff(borders[first : last + 1])
+        block["text_bytes"] = np.add.reduceat(text_bytes[ids], starts)
+        content = ids.data.cast("B")
+        edges = [*(4 * starts).tolist(), len(content)]
+        digests = b"".join(digest_of(content[a:b]) for a, b in pairwise(edges))
+        block["high"], block["low"] = np.frombuffer(digests, ">u8").reshape(-1, 2).T
+        yield block
+        first = last
+
+
+def _write(path: Path, content: bytes) -> None:
+    with create_file(path, expected_bytes=len(content)) as file:
+        file.write(content)

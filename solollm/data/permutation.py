@@ -38,12 +38,13 @@ class Permutation:
     def _encrypt(self, values: np.ndarray) -> np.ndarray:
         left, right = values >> self._half_bits, values & self._mask
         for key in self._round_keys:
-            left, right = right, left ^ (_mix(right ^ key) & self._mask)
+            left, right = right, left ^ (mixed_bits(right ^ key) & self._mask)
         return (left << self._half_bits) | right
 
 
-def _mix(values: np.ndarray) -> np.ndarray:
-    """The finalizer of SplitMix64 (Steele et al. 2014); products wrap modulo 2**64."""
+def mixed_bits(values: np.ndarray) -> np.ndarray:
+    """A hash of each uint64: the finalizer of SplitMix64 (Steele et al. 2014); products wrap modulo
+    2**64."""
     values = (values ^ (values >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     values = (values ^ (values >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     mixed: np.ndarray = values ^ (values >> np.uint64(31))

@@ -77,23 +77,22 @@ class LongDocument(_Record):
     beginning: str
 
 
-class MixedPart(_Record):
-    """A corpus that a mix was made of: `weight` as it was asked for (None: as large as it is), what
-    it gave to the training split, copies counted, and how often all of it is there."""
+class PartReport(_Record):
+    """What one corpus gave to a mixture's training split: `weight` is its share as asked for, of 1;
+    `passes` counts how often what it holds went in."""
 
-    corpus: str
+    name: str
     fingerprint: str
-    weight: float | None
+    weight: float
     documents: int
     tokens: int
-    share: float
     passes: float
 
 
 class CorpusReport(_Record):
     """One build. `passed_over` counts files and folders, `planted` documents that hold canaries
     and came from no item, `private` finds of each kind in `private_texts` items; all else counts
-    items. Of a mix (`mixed`) the items are the documents of its parts, each counted once."""
+    items. Those of a mixture of `parts` are their documents; kept are those it holds at all."""
 
     fingerprint: str
     items: int
@@ -111,8 +110,8 @@ class CorpusReport(_Record):
     private: dict[str, int] = {}
     private_texts: int = 0
     decontaminated: tuple[Decontaminated, ...] = ()
-    mixed: tuple[MixedPart, ...] = ()
     notes: tuple[str, ...] = ()
+    parts: tuple[PartReport, ...] = ()
 
     @property
     def unaccounted(self) -> int:
@@ -236,13 +235,7 @@ def render_report(report: CorpusReport, *, examples: int = 2) -> str:
             f"{name:<12}{split.documents:>12,}{split.tokens:>16,}{split.text_bytes:>16,}"
             f"{split.bytes_per_token:>13.2f}"
         )
-    if report.mixed:
-        lines += ["", f"{'mixed of':<24}{'share':>8}{'passes':>9}{'documents':>12}{'tokens':>16}"]
-        lines += [
-            f"{part.corpus:<24}{part.share:>8.1%}{part.passes:>9.2f}{part.documents:>12,}"
-            f"{part.tokens:>16,}"
-            for part in report.mixed
-        ]
+    lines += _render_parts(report.parts)
     if report.private_texts:
         kinds = ", ".join(
             f"{count:,} {LABELS.get(kind, kind).strip('[]')}"
@@ -277,6 +270,19 @@ def _render_decontaminated(benchmark: Decontaminated) -> str:
     if benchmark.too_short:
         told += f"; items too short to be looked for: {benchmark.too_short:,}"
     return told
+
+
+def _render_parts(parts: Sequence[PartReport]) -> list[str]:
+    if not parts:
+        return []
+    total = sum(part.tokens for part in parts)
+    wide = max(12, *(len(part.name) + 2 for part in parts))
+    head = f"{'part':<{wide}}{'asked':>8}{'given':>8}{'documents':>12}{'tokens':>16}{'passes':>8}"
+    return ["", head] + [
+        f"{part.name:<{wide}}{part.weight:>8.1%}{part.tokens / total:>8.1%}{part.documents:>12,}"
+        f"{part.tokens:>16,}{part.passes:>8.2f}"
+        for part in parts
+    ]
 
 
 def _render_causes(title: str, causes: Mapping[str, Cause], examples: int) -> list[str]:

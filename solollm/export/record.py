@@ -131,14 +131,18 @@ def _corpus_rows(report: CorpusReport, state: TrainerState, *, is_all: bool) -> 
         rows.append(("passes over it", f"{state.tokens_seen / trained.tokens:.2f}"))
     if not is_all:
         rows.append(("decay stage", "on a second corpus"))
+    if report.parts:
+        total = sum(part.tokens for part in report.parts)
+        shares = (
+            f"{part.tokens / total:.1%} from a corpus passed {part.passes:.2f} times"
+            for part in report.parts
+        )
+        rows.append(("mixed", "; ".join(shares)))
     left = [f"{report.duplicates:,} equal to another"] if report.duplicates else []
     left += [f"{cause.count:,} {reason}" for reason, cause in report.dropped.items()]
     broken = sum(cause.count for cause in report.broken.values())
     left += [f"{broken:,} that could not be read"] if broken else []
     rows.append(("left out", f"of {report.items:,} items: {'; '.join(left) or 'none'}"))
-    if report.mixed:
-        parts = [f"{part.share:.1%} ({part.passes:.2f} passes)" for part in report.mixed]
-        rows.append(("mixed of corpora", f"shares of the tokens: {', '.join(parts)}"))
     for benchmark in report.decontaminated:
         rows.append(
             ("looked for",

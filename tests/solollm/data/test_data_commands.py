@@ -1,4 +1,4 @@
-"""`solollm data build|report|inspect`."""
+"""`solollm data build|mix|report|inspect`."""
 
 from __future__ import annotations
 
@@ -65,6 +65,47 @@ def test_a_ready_tokenizer_is_used(notes: Path, tmp_path: Path) -> None:
     assert first == second
 
 
+def test_mix_says_what_each_corpus_gave(notes: Path, tmp_path: Path) -> None:
+    """Guards the command's wiring: weights and tokens from the words, the table, and a result that
+    the other commands take."""
+    _run("build", notes, "--out", tmp_path / "a=1", "--vocab-size", "300", "--json")
+    for path in notes.glob("*.md"):
+        path.write_text(f"another {path.stem}\n")
+    ready = tmp_path / "a=1" / "tokenizer"
+    _run("build", notes, "--out", tmp_path / "b", "--tokenizer", ready, "--json")
+    parts, out = (tmp_path / "a=1", f"{tmp_path / 'b'}=3"), tmp_path / "mixed"
+    made = json.loads(_run("mix", *parts, "--out", out, "--tokens", "2e3", "--json"))
+    assert made["corpus"] == str(out)
+    assert [(part["name"], part["weight"]) for part in made["parts"]] == [
+        ("b", 0.75),
+        ("a=1", 0.25),
+    ]
+    assert made["splits"]["train"]["tokens"] == pytest.approx(2000, rel=0.1)
+    reported = json.loads(_run("report", out, "--verify", "--json"))
+    assert reported["parts"] == made["parts"]
+    words = _run("mix", *parts, "--out", out, "--overwrite")
+    assert "asked   given" in words
+    assert f"solollm pretrain --corpus {out} --run runs/mixed" in words
+    assert "passes" in _run("report", out)
+    assert "--- document 0" in _run("inspect", out)
+
+
+def test_mixing_ends_with_the_documented_exit_codes(
+    notes: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Guards scripts: 2 for what cannot be mixed, 3 for damage, with the file's name."""
+    corpus, out = tmp_path / "a", str(tmp_path / "mixed")
+    _run("build", notes, "--out", corpus, "--vocab-size", "300", "--json")
+    assert main(["data", "mix", f"{corpus}=much", "--out", out]) == 2
+    assert main(["data", "mix", f"{corpus}=-1", "--out", out]) == 2
+    assert main(["data", "mix", str(corpus), str(corpus), "--out", out, "--json"]) == 2
+    assert "the same corpus" in json.loads(capsys.readouterr().out)["error"]["what"]
+    shard = corpus / "train" / "tokens-00000.bin"
+    shard.write_bytes(bytes(shard.stat().st_size))
+    assert main(["data", "mix", str(corpus), "--out", out, "--json"]) == 3
+    assert str(shard) in json.loads(capsys.readouterr().out)["error"]["what"]
+
+
 def test_exit_codes_are_the_documented_ones(
     notes: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -80,7 +121,7 @@ def test_exit_codes_are_the_documented_ones(
     assert main(["data", "report", str(tmp_path / "c"), "--verify"]) == 3
 
 
-@pytest.mark.parametrize("name", ["build", "report", "inspect"])
+@pytest.mark.parametrize("name", ["build", "mix", "report", "inspect"])
 def test_each_help_has_an_example(name: str) -> None:
     """Guards the promise of every --help."""
     assert f"solollm data {name} " in _run(name, "--help").partition("Example")[2]

@@ -16,13 +16,14 @@ from solollm.cli import main
 from solollm.completion import find_checkpoint
 from solollm.data.build import build_corpus
 from solollm.data.decontamination import Decontaminated
-from solollm.data.report import MixedPart, read_report
+from solollm.data.report import read_report
 from solollm.errors import IntegrityError, SoloLLMError
 from solollm.export import export_model
 from solollm.export.record import _corpus_rows, _sample_rows, held_out_figure, sample_section, table
 from solollm.export.run_card import run_card
 from solollm.finetune.samples import SamplesIndex
 from solollm.runs import Run
+from solollm.tokenizer import Tokenizer
 
 pytest.importorskip("torch")
 
@@ -85,6 +86,25 @@ def test_nothing_private_is_in_it(run: Path, corpus: Path) -> None:
     assert f"/{getuser()}/" not in text
     assert 'license: "apache-2.0"\nlanguage:\n- "en"\n' in text
     assert "No licence is stated" not in text
+
+
+def test_a_mixture_is_trained_on_and_told(corpus: Path, tmp_path: Path) -> None:
+    """Guards `solollm data mix` from corpora to a run and its card, which names none of them."""
+    texts = tmp_path / "other-plan.jsonl"
+    lines = (f'{{"text": "another text, number {n}, {"word " * n}"}}\n' for n in range(50))
+    texts.write_text("".join(lines))
+    other, mixed, run = tmp_path / "other-plan", tmp_path / "mixed", tmp_path / "run"
+    build_corpus([texts], other, tokenizer=Tokenizer.load(corpus / "tokenizer"))
+    assert main(["data", "mix", f"{corpus}=0.4", f"{other}=0.6", "--out", str(mixed)]) == 0
+    assert main(["pretrain", "--corpus", str(mixed), "--run", str(run), "--depth", "1",
+                 "--set", "train.steps=2", "--set", "data.seq_len=32"]) == 0  # fmt: skip
+    text, report = run_card(run), read_report(mixed)
+    shares = [
+        f"{part.tokens / report.splits['train'].tokens:.1%} from a corpus passed {part.passes:.2f}"
+        for part in report.parts
+    ]
+    assert f"| mixed | {shares[0]} times; {shares[1]} times |" in text
+    assert "other-plan" not in text
 
 
 def test_without_its_corpus_a_run_says_so(run: Path, tmp_path: Path) -> None:
@@ -209,24 +229,14 @@ def test_names_of_measured_texts_stay_here(copied: Path) -> None:
         assert private not in text
 
 
-def test_a_mix_and_what_was_looked_for(run: Path, corpus: Path) -> None:
-    """Guards the two rows that few corpora have."""
-    state = open_checkpoint(find_checkpoint(run)[0])
-    report = read_report(corpus)
-    part = MixedPart(
-        corpus="secret", fingerprint="f", weight=1, documents=3, tokens=9, share=0.3, passes=2
-    )
+def test_what_was_looked_for(run: Path, corpus: Path) -> None:
+    """Guards a row that few corpora have."""
+    checkpoint = open_checkpoint(find_checkpoint(run)[0])
     looked = Decontaminated(source="gsm8k/test.jsonl", items=1319, too_short=0, found=2, texts=1)
-    rows = _corpus_rows(
-        report.model_copy(update={"mixed": (part, part), "decontaminated": (looked,)}),
-        state.state, is_all=True,
-    )  # fmt: skip
-    state.close()
-    assert (
-        "mixed of corpora",
-        "shares of the tokens: 30.0% (2.00 passes), 30.0% (2.00 passes)",
-    ) in rows
-    assert ("looked for", "1,319 items of gsm8k/test.jsonl: 1 text that held one left out") in rows
+    report = read_report(corpus).model_copy(update={"decontaminated": (looked,)})
+    told = dict(_corpus_rows(report, checkpoint.state, is_all=True))  # type: ignore[arg-type]
+    checkpoint.close()
+    assert told["looked for"] == "1,319 items of gsm8k/test.jsonl: 1 text that held one left out"
 
 
 def test_rows_without_a_step_are_passed_over(copied: Path) -> None:

@@ -24,7 +24,7 @@ def print_text(text: str) -> None:
 
 
 @contextmanager
-def build_progress(*, hidden: bool) -> Iterator[Callable[[Progress], None] | None]:
+def shown_progress(*, hidden: bool) -> Iterator[Callable[[Progress], None] | None]:
     """A bar on standard error while a build runs; nothing where nobody looks."""
     if hidden or not sys.stderr.isatty():
         yield None
