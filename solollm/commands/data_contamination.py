@@ -17,40 +17,47 @@ if TYPE_CHECKING:
 @click.command(
     "contamination",
     epilog="\b\nExamples:\n  solollm data contamination corpora/mine data/mmlu/test\n"
-    "  solollm data contamination corpora/mine hf://openai/gsm8k/main:test",
+    "  solollm data contamination corpora/mine hf://openai/gsm8k/main:test\n"
+    "  solollm data contamination conversations.jsonl data/gsm8k/test.jsonl",
 )
-@click.argument("corpus", type=click.Path(exists=True, file_okay=False, path_type=Path))
+@click.argument("corpus", metavar="CORPUS_OR_ROWS")
 @click.argument("benchmarks", nargs=-1, required=True, metavar="BENCHMARKS...")
 @click.option("--examples", type=click.IntRange(0), default=5, show_default=True,
               help="Items of each benchmark to show.")  # fmt: skip
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON document instead.")
 def contamination(
-    corpus: Path, benchmarks: tuple[str, ...], examples: int, *, as_json: bool
+    corpus: str, benchmarks: tuple[str, ...], examples: int, *, as_json: bool
 ) -> None:
-    """How many items of BENCHMARKS the training text of CORPUS holds.
+    """How many items of BENCHMARKS the training text of a corpus holds, or rows for `finetune`.
 
     A text holds an item if 13 words in a row of it are there, or all of an item of 8 to 12 words.
-    A benchmark is a file, a folder or a dataset of the Hugging Face hub.
+    A benchmark is a file, a folder or a dataset of the Hugging Face hub. Rows are a file, a folder
+    or a dataset too, of which all fields are read.
     """
     from solollm.data.decontamination import measure_overlap
     from solollm.data.inspection import document_texts
+    from solollm.data.shards import INDEX_NAME
+    from solollm.finetune.rows import row_texts
 
+    is_corpus = (Path(corpus) / INDEX_NAME).is_file()
+    texts = document_texts(Path(corpus), "train") if is_corpus else row_texts([corpus])
+    unit = "document" if is_corpus else "row"
     with console(stderr=True).status("reading") as status:
 
         def told() -> Iterator[str]:
-            for number, text in enumerate(document_texts(corpus, "train")):
+            for number, text in enumerate(texts):
                 if number % 100 == 0:
-                    status.update(f"{number:,} documents read")
+                    status.update(f"{number:,} {unit}s read")
                 yield text
 
         found = measure_overlap(benchmarks, told())
     if as_json:
         print_json([_document(overlap) for overlap in found])
         return
-    columns = ("benchmark", "items", "in training text", "share", "too short to tell")
+    columns = ("benchmark", "items", f"in {unit}s", "share", "too short to tell")
     print_table(console(), columns, [_row(overlap) for overlap in found])
     for overlap in found:
-        _show_examples(overlap, examples)
+        _show_examples(overlap, examples, unit)
 
 
 def _row(overlap: Overlap) -> tuple[str, ...]:
@@ -61,13 +68,12 @@ def _row(overlap: Overlap) -> tuple[str, ...]:
     )  # fmt: skip
 
 
-def _show_examples(overlap: Overlap, count: int) -> None:
+def _show_examples(overlap: Overlap, count: int, unit: str) -> None:
     shown = sorted(overlap.held.items(), key=lambda entry: (-entry[1], entry[0]))[:count]
     for item, documents in shown:
         beginning = " ".join(overlap.beginnings[item].split())[:100]
-        unit = "document" if documents == 1 else "documents"
         console().print(
-            f"{overlap.source}, in {documents:,} {unit}: {beginning}",
+            f"{overlap.source}, in {documents:,} {unit}{'s'[: documents != 1]}: {beginning}",
             markup=False, emoji=False, soft_wrap=True,
         )  # fmt: skip
 

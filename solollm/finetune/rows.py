@@ -47,6 +47,30 @@ def read_rows(sources: Sequence[str]) -> Iterator[Row]:
             yield from _read(path, kind)
 
 
+def row_texts(sources: Sequence[str]) -> Iterator[str]:
+    """All that each row says: its strings, of whatever fields, in their order, a line each.
+
+    Raises:
+        ConfigError, DataError: as `read_rows`, and for a row that cannot be read.
+    """
+    for row in read_rows(sources):
+        if row.problem:
+            raise DataError(f"{row.place} {row.problem}", fix="mend the row, or take it out")
+        yield "\n".join(_strings(row.value))
+
+
+def _strings(value: Any) -> Iterator[str]:
+    waiting = [value]
+    while waiting:
+        value = waiting.pop()
+        if isinstance(value, str):
+            yield value
+        elif isinstance(value, Mapping):
+            waiting += reversed([*value.values()])
+        elif isinstance(value, list | tuple):
+            waiting += reversed(value)
+
+
 def _files(path: Path) -> list[tuple[Path, FileKind]]:
     paths = sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else [path]
     kinds = [(p, file_kind(p.name)) for p in paths if not p.name.startswith(".")]

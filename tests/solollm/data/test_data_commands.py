@@ -137,3 +137,38 @@ def test_help_loads_nothing_heavy() -> None:
         [sys.executable, "-c", code], capture_output=True, text=True, check=True, env=os.environ
     )
     assert done.stdout.strip() == "[]"
+
+
+def test_contamination_of_a_corpus_and_of_rows(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Guards both kinds of training text, the words, JSON and what cannot be read."""
+    asked = "How many of the nine boats in the harbour at noon had left it by the evening?"
+    (tmp_path / "test.jsonl").write_text(json.dumps({"question": asked}) + "\n")
+    notes = tmp_path / "notes"
+    notes.mkdir()
+    for number in range(5):
+        (notes / f"{number}.txt").write_text(f"text {number} of no interest " * 20)
+    (notes / "quiz.txt").write_text(f"Quiz: {asked} Four.")
+    corpus = str(tmp_path / "c")
+    words = ["data", "build", str(notes), "--out", corpus, "--validation-fraction", "0"]
+    assert main([*words, "--vocab-size", "512"]) == 0
+    capsys.readouterr()
+    benchmark = str(tmp_path / "test.jsonl")
+    assert main(["data", "contamination", corpus, benchmark]) == 0
+    shown = capsys.readouterr().out
+    assert "100.00%" in shown
+    assert f"in 1 document: {asked}" in shown
+    rows = tmp_path / "rows.jsonl"
+    turns = [{"role": "user", "content": asked}, {"role": "assistant", "content": "Four."}]
+    other = {"prompt": "Say yes.", "completion": "Yes."}
+    rows.write_text("".join(json.dumps(r) + "\n" for r in ({"messages": turns}, other)) * 2)
+    assert main(["data", "contamination", str(rows), benchmark, "--json"]) == 0
+    (found,) = json.loads(capsys.readouterr().out)
+    assert found["held"] == [{"item": 0, "documents": 2, "beginning": asked}]
+    assert main(["data", "contamination", str(rows), benchmark]) == 0
+    assert f"in 2 rows: {asked}" in capsys.readouterr().out
+    assert main(["data", "contamination", str(tmp_path / "nowhere"), benchmark]) == 2
+    rows.write_text('{"messages": [}')
+    assert main(["data", "contamination", str(rows), benchmark]) == 5
+    assert "rows.jsonl:1 is no JSON" in capsys.readouterr().err
