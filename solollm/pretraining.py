@@ -26,6 +26,7 @@ from solollm.finetune.objectives import give_what_needs_weights
 from solollm.finetune.rendering import answer_settings
 from solollm.finetune.samples import tokenizer_of_samples
 from solollm.frozen_base import TrainedAdapter
+from solollm.held_out import Scoring
 from solollm.horizon import (
     Shape,
     deepest_shape,
@@ -241,7 +242,10 @@ def _train(
             model=shape.model,
             tokenizer=prepared.tokenizer,
             environment=environment,
-            bytes_per_target=streams.first.bytes_per_target,
+            # The loss of a pair or of an answer is not one per token of a text.
+            bytes_per_target=None
+            if isinstance(streams.first, Scoring)
+            else streams.first.bytes_per_target,
             validation=streams.validation,
             facts=_facts(prepared, streams),
             notes=[*notes, *resumed],

@@ -87,11 +87,11 @@ def show(run: Path, as_json: bool) -> None:
         print_json(facts)
         return
     for name, value in facts.items():
-        between = "\n" + " " * 15 if name in ("ran_on", "planned") else ", "
+        between = "\n" + " " * 17 if name in ("ran_on", "planned") else ", "
         text = f"{value:.4f}" if isinstance(value, float) else str(value)
         if isinstance(value, list):
             text = between.join(map(str, value))
-        say(f"{name.replace('_', ' '):14} {text}")
+        say(f"{name.replace('_', ' '):15}  {text}")
 
 
 @command.command("verify", epilog="\b\nExample:\n  solollm runs verify runs/first")
@@ -261,12 +261,22 @@ def _cells(summary: RunSummary) -> list[str]:
     return [summary.name, summary.state, f"{summary.step:,}", total, loss]
 
 
+# What is measured on what was held out, by objective: the name shown, the key of a row. The loss
+# of GRPO's rows is 1 - reward, and says nothing more.
+_HELD_OUT = {
+    "": {"held_out_loss": "loss", "bits_per_byte": "bits_per_byte"},
+    "dpo": {"held_out_loss": "loss", "margin": "margin", "accuracy": "accuracy"},
+    "grpo": {"held_out_reward": "reward"},
+}
+
+
 def _last_evaluation(run: Run) -> dict[str, Any]:
     rows = [row for row in run.read_metrics() if row.get("kind") == "eval"]
     if not rows:
         return {}
-    last = rows[-1]
-    return {"held_out_loss": last.get("loss"), "bits_per_byte": last.get("bits_per_byte")}
+    tuning = run.config.finetune
+    keys = _HELD_OUT.get(tuning.objective if tuning else "", _HELD_OUT[""])
+    return {name: rows[-1].get(key) for name, key in keys.items()}
 
 
 def _stretch(part: Stretch) -> str:

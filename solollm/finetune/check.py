@@ -34,7 +34,8 @@ _EMBEDDING, _HEAD = "model.embed_tokens.weight", "lm_head.weight"
 @dataclass(frozen=True)
 class Findings:
     """What was found. `faults`: each a reason not to start; `warnings`: what may be meant so;
-    `problems`: rows that cannot be used; `truncated`: samples longer than `seq_len`."""
+    `problems`: rows that cannot be used; `num_targets`: tokens of `num_train` samples that carry
+    loss; `truncated`: samples longer than `seq_len`, held out ones too."""
 
     objective: str
     shapes: dict[str, int]
@@ -93,7 +94,9 @@ def examine(reading: Reading, table: FinetuneTable, base: Path, *, seq_len: int)
         shapes=dict(reading.shapes),
         num_train=len(reading.train),
         num_held_out=len(reading.held_out),
-        num_targets=sum(int(sample.produced[1:].sum()) for sample in samples),
+        num_targets=sum(
+            int(sample.produced[1:].sum()) for one in reading.train for sample in one.samples
+        ),
         longest=reading.longest,
         seq_len=seq_len,
         truncated=len(too_long),

@@ -70,19 +70,11 @@ class Scorer:
     """Rewards by one table, until `close`. `timeouts` counts what took too long."""
 
     def __init__(self, table: GrpoTable) -> None:
-        """Raises ConfigError: no such reward, file or pattern."""
+        """Raises as `require_reward`."""
+        require_reward(table)
         self.timeouts = 0
         self._table = table
         self._child: Confined | None = None
-        if table.reward not in BUILT_IN and not _FUNCTION.fullmatch(table.reward):
-            raise ConfigError(
-                f"finetune.grpo.reward = {table.reward!r} is no reward",
-                fix=f"use {', '.join(BUILT_IN)}, or FILE:FUNCTION for FILE.py in this folder",
-            )
-        if table.reward == "regex":
-            _compile(table.pattern, "")
-        if table.reward not in BUILT_IN:
-            _file_of(table.reward)
         if table.reward not in ("gsm8k", "exact"):
             self._child = Confined(
                 "solollm.finetune.rewards:confined_reward", seconds=table.reward_seconds
@@ -121,6 +113,25 @@ class Scorer:
         except IntegrityError:  # too slow or too large: the child is gone, the next has a new one
             self.timeouts += 1
             return 0.0
+
+
+def require_reward(table: GrpoTable) -> None:
+    """Raise ConfigError where there is no such reward, file or pattern."""
+    if table.reward not in BUILT_IN and not _FUNCTION.fullmatch(table.reward):
+        raise ConfigError(
+            f"finetune.grpo.reward = {table.reward!r} is no reward",
+            fix=f"use {', '.join(BUILT_IN)}, or FILE:FUNCTION for FILE.py in this folder",
+        )
+    if table.reward == "regex" and not table.pattern:
+        raise ConfigError(
+            "finetune.grpo.reward = 'regex' has no pattern",
+            why="an empty one is found in every answer, and all of them would be right",
+            fix="give --set finetune.grpo.pattern=..., in which {answer} is the right one",
+        )
+    if table.reward == "regex":
+        _compile(table.pattern, "")
+    if table.reward not in BUILT_IN:
+        _file_of(table.reward)
 
 
 def require_same_reward(table: GrpoTable, samples: Path, *, may_write: bool) -> None:
@@ -195,5 +206,7 @@ def _compile(pattern: str, answer: str) -> re.Pattern[str]:
         return re.compile(pattern.replace("{answer}", re.escape(answer)))
     except re.error as error:
         raise ConfigError(
-            f"finetune.grpo.pattern = {pattern!r} is no regular expression", why=str(error)
+            f"finetune.grpo.pattern = {pattern!r} is no regular expression",
+            why=str(error),
+            fix="mend it; a bracket that is meant as one is written \\(",
         ) from error

@@ -25,6 +25,7 @@ from solollm.finetune.dataset import (
     tokenizer_for,
 )
 from solollm.finetune.packing import SampleStream
+from solollm.finetune.rewards import require_reward
 from solollm.finetune.samples import SampleSet
 from solollm.horizon import updated
 from solollm.pretraining import pretrain
@@ -157,6 +158,8 @@ def _table_of(config: RunConfig) -> FinetuneTable:
         raise ConfigError("no base is given", fix="solollm finetune BASE --data FILE --run RUN")
     if not table.data:
         raise ConfigError("no data is given", fix="give --data FILE, once or several times")
+    if table.objective == "grpo":  # before anything is written: it is needed to resume, too
+        require_reward(table.grpo)
     if table.objective == "grpo" and table.grpo.beta and table.method == "full":
         raise ConfigError(
             f"finetune.grpo.beta = {table.grpo.beta} needs a reference that stays as it is",

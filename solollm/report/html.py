@@ -12,7 +12,7 @@ import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from solollm import __version__
 from solollm.config import dump_config
@@ -32,6 +32,39 @@ _YEAR = 365.25 * 86400
 MAX_TEXT = 1200  # characters of one sample
 
 
+class _Measure(NamedTuple):
+    """How good a run is: the key of a row, what it is called, its form, the title of its curve."""
+
+    key: str
+    name: str
+    form: str
+    title: str = ""
+
+
+# By objective. A pair's loss is no loss per token, and the loss of GRPO's rows says nothing.
+_MEASURES = {
+    "": (
+        _Measure("loss", "loss", "{:.4f}", "Loss, nats per token"),
+        _Measure("bits_per_byte", "bits per byte", "{:.4f}", "Bits per byte"),
+        _Measure("targets", "targets", "{:,}"),
+    ),
+    "dpo": (
+        _Measure("loss", "loss", "{:.4f}", "Loss, nats per pair"),
+        _Measure("accuracy", "preferred", "{:.0%}", "Share preferred the right way round"),
+        _Measure("margin", "margin", "{:.3f}", "Margin"),
+        _Measure("targets", "pairs", "{:,}"),
+    ),
+    "grpo": (
+        _Measure("reward", "reward", "{:.4f}", "Reward"),
+        _Measure("targets", "prompts", "{:,}"),
+    ),
+}
+
+
+def _measures(facts: RunFacts) -> Sequence[_Measure]:
+    return _MEASURES.get(facts.objective, _MEASURES[""])
+
+
 @dataclass(frozen=True)
 class RunFacts:
     """What the page is made of. `metrics` and `events` are the rows of the run's files, oldest
@@ -44,6 +77,7 @@ class RunFacts:
     events: Sequence[Row] = ()
     lineage: Sequence[Row] = ()
     plan: Row = field(default_factory=dict)
+    objective: str = ""  # of a fine-tuning
 
     def rows(self, kind: str) -> list[Row]:
         return [row for row in self.metrics if row.get("kind") == kind]
@@ -59,6 +93,7 @@ def write_report(run: Run) -> Path:
         events=run.read_events(),
         lineage=run.read_lineage(),
         plan=run.read_plan(),
+        objective=run.config.finetune.objective if run.config.finetune else "",
     )
     path = run.path / "report.html"
     replace_file(path, render(facts).encode("utf-8", "replace"))
@@ -71,7 +106,7 @@ def render(facts: RunFacts) -> str:
         ("", _tiles(facts)),
         ("", _charts(facts)),
         ("Samples", _samples(facts.rows("sample"))),
-        ("Evaluations on held-out text", _evaluations(facts.rows("eval"))),
+        ("Evaluations on what was held out", _evaluations(facts)),
         ("Where it ran", _lineage(facts)),
         ("The plan and what became of it", _reality(facts.plan)),
         ("", _folded("Configuration", f"<pre>{html.escape(facts.config_text)}</pre>")),
@@ -107,10 +142,11 @@ def _tiles(facts: RunFacts) -> str:
     last = trained[-1] if trained else {}
     held_out = evaluated[-1] if evaluated else {}
     speeds = sorted(y for row in trained if (y := _number(row, "tokens_per_second")) is not None)
+    drawn = [one for one in _measures(facts) if one.title]
+    first = drawn[0]
     tiles = [
-        ("held-out bits per byte", _figure(held_out, "bits_per_byte", "{:.3f}")),
-        ("held-out loss", _figure(held_out, "loss", "{:.3f}")),
-        ("training loss", _figure(last, "loss", "{:.3f}")),
+        *((f"held-out {m.name}", _figure(held_out, m.key, m.form)) for m in reversed(drawn)),
+        (f"training {first.name}", _figure(last, first.key, first.form)),
         ("steps", _figure(last, "step", "{:,}")),
         ("tokens seen", count_text(seen) if (seen := _number(last, "tokens_seen")) else ""),
         ("tokens/s, median", count_text(speeds[len(speeds) // 2]) if speeds else ""),
@@ -132,21 +168,21 @@ def _charts(facts: RunFacts) -> str:
     if not trained:
         return '<p class="soft">Nothing has been trained yet.</p>'
     window = max(3, len(trained) // 40)
+    measured = {one.key: one.title for one in _measures(facts) if one.title}
 
     def chart(title: str, key: str, format_value: Any = count_text) -> str:
         raw = _series("train", key, trained, "train")
         curves = [raw]
-        if key in ("loss", "bits_per_byte", "grad_norm", "tokens_per_second"):
+        if key in (*measured, "grad_norm", "tokens_per_second"):
             averaged = raw._replace(y=smooth(raw.y, window))
             curves = [raw._replace(style="faint"), averaged]
-        if key in ("loss", "bits_per_byte"):
+        if key in measured:
             curves.append(_series("held-out", key, evaluated, "eval"))
         is_amount = key == "tokens_per_second"
         return line_chart(Chart(title, curves, format_value, marks, from_zero=is_amount))
 
     drawn = [
-        chart("Loss, nats per token", "loss"),
-        chart("Bits per byte", "bits_per_byte"),
+        *(chart(title, key) for key, title in measured.items()),
         chart("Learning rate", "lr", lambda value: f"{value:.2g}"),
         chart("Gradient norm", "grad_norm"),
         chart("Tokens per second", "tokens_per_second"),
@@ -184,7 +220,8 @@ def _samples(rows: Sequence[Row]) -> str:
     return "".join(cards)
 
 
-def _evaluations(rows: Sequence[Row]) -> str:
+def _evaluations(facts: RunFacts) -> str:
+    rows, measures = facts.rows("eval"), _measures(facts)
     if not rows:
         return ""
     best = min(rows, key=lambda row: _number(row, "loss") or float("inf"))
@@ -192,14 +229,12 @@ def _evaluations(rows: Sequence[Row]) -> str:
     cells = [
         [
             _figure(row, "step", "{:,}") + (" (best)" if row is best else ""),
-            _figure(row, "loss", "{:.4f}"),
-            _figure(row, "bits_per_byte", "{:.4f}"),
-            _figure(row, "targets", "{:,}"),
+            *(_figure(row, measure.key, measure.form) for measure in measures),
             duration_text(_number(row, "seconds")),
         ]
         for row in reversed(kept)
     ]
-    return table(["step", "loss", "bits per byte", "targets", "time"], cells)
+    return table(["step", *(measure.name for measure in measures), "time"], cells)
 
 
 def _lineage(facts: RunFacts) -> str:

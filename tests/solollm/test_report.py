@@ -147,6 +147,26 @@ def test_the_report_is_written_from_the_runs_files(tmp_path: Path) -> None:
     assert page.count('class="mark"') == 6
 
 
+@pytest.mark.parametrize(
+    ("objective", "facts", "shown", "hidden"),
+    [
+        ("grpo", {"reward": 0.25}, ["held-out reward", "0.2500", "<th>prompts</th>"], ["loss"]),
+        ("dpo", {"margin": 2.5, "accuracy": 0.75}, ["nats per pair", "held-out preferred", "75%"],
+         ["bits per byte", "nats per token"]),
+    ],
+)  # fmt: skip
+def test_preferences_and_rewards_are_shown_in_their_own_unit(
+    objective: str, facts: dict[str, float], shown: list[str], hidden: list[str]
+) -> None:
+    """The loss of a pair as one per token, and 1 - reward as a held-out loss."""
+    row = {"step": 1, "loss": 0.75, "bits_per_byte": None, "targets": 3, **facts}
+    rows = [{**row, "kind": "train"}, {**row, "kind": "train", "step": 2}, {**row, "kind": "eval"}]
+    page = render(_facts(2, metrics=rows, config_text="", events=(), plan={}, objective=objective))
+    assert [words for words in shown if words not in page] == []
+    visible = page.partition("<body>")[2].lower()
+    assert [words for words in hidden if words in visible] == []
+
+
 def test_missing_numbers_break_the_curve() -> None:
     """A skipped step drawn as zero, or joined by a line that was never measured."""
     series = Series("a", [1, 2, 3, 4, 5], [1.0, 2.0, None, 2.0, 1.0], "train")

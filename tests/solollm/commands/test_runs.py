@@ -8,8 +8,10 @@ from pathlib import Path
 import pytest
 
 from solollm.cli import main
+from solollm.config import parse_config
 from solollm.pretraining import pretrain
 from solollm.resume_proof import tiny_config
+from solollm.runs import Run
 from solollm.tokenizer import Tokenizer
 
 pytest.importorskip("torch")
@@ -59,6 +61,29 @@ def test_show_tells_the_story_and_writes_the_page(
     assert (folder / "a" / "report.html").stat().st_size > 1000
     assert main(["runs", "show", str(folder / "a")]) == 0
     assert "finished" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("objective", "row", "expected"),
+    [
+        ("grpo", {"loss": 0.75, "reward": 0.25}, {"held out reward  0.2500"}),
+        ("dpo", {"loss": 0.5, "margin": 2.5, "accuracy": 1.0},
+         {"held out loss    0.5000", "margin           2.5000", "accuracy         1.0000"}),
+    ],
+)  # fmt: skip
+def test_show_has_no_figure_in_anothers_unit(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], objective: str, row: dict[str, float],
+    expected: set[str],
+) -> None:  # fmt: skip
+    """Guards: 1 - reward as a held-out loss, and `bits per byte  None`."""
+    config = parse_config({"train": {"steps": 2}, "finetune": {"objective": objective}})
+    run = Run.create(tmp_path / "run", config)
+    run.append_metrics({"kind": "eval", "step": 2, "bits_per_byte": None, **row})
+    assert main(["runs", "show", str(run.path)]) == 0
+    shown = set(capsys.readouterr().out.splitlines())
+    assert expected <= shown
+    assert not [line for line in shown if line.startswith("bits per byte")]
+    assert objective != "grpo" or not [line for line in shown if line.startswith("held out loss")]
 
 
 def test_verify_reads_every_byte_and_ends_with_3_for_one_that_changed(

@@ -70,6 +70,8 @@ def test_dpo_learns_what_is_preferred(
     assert held_out[-1]["loss"] < held_out[0]["loss"] < np.log(2)
     assert held_out[-1]["margin"] > held_out[0]["margin"] > 0
     assert held_out[-1]["accuracy"] >= 0.9
+    # The loss of a pair over the bytes of a token is no bits per byte.
+    assert all(row["bits_per_byte"] is None for row in rows + held_out)
 
 
 @pytest.mark.parametrize("method", ["full", "lora"])
@@ -178,6 +180,26 @@ def test_hours_become_steps_of_the_objective(
     assert steps is not None
     assert 1 <= steps < 1800, "a processor takes no step in a millisecond"
     assert len(calls) == 4, "one step to warm up, three to be timed"
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        (['finetune.grpo.reward="gsm9k"'], "is no reward"),
+        (['finetune.grpo.reward="nowhere:score"'], "there is no nowhere.py"),
+        (['finetune.grpo.reward="regex"'], "has no pattern"),
+        (['finetune.grpo.reward="regex"', 'finetune.grpo.pattern="(["'], "no regular expression"),
+    ],
+)
+def test_a_reward_that_cannot_be_had_is_refused_before_anything_is_written(
+    grpo: MakeConfig, tmp_path: Path, settings: list[str], said: str
+) -> None:
+    """Guards: a run of that name left behind, which neither resumes nor begins again; a pattern
+    that every answer fulfils."""
+    with pytest.raises(ConfigError, match=said) as caught:
+        finetune(grpo("train.steps=1", *settings), tmp_path / "run", backend="torch")
+    assert caught.value.fix
+    assert not (tmp_path / "run").exists()
 
 
 def test_groups_that_do_not_fit_are_refused(grpo: MakeConfig, dpo: MakeConfig) -> None:

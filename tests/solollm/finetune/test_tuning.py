@@ -17,6 +17,7 @@ from solollm.cli import main
 from solollm.config import OptimizerTable, RunConfig
 from solollm.errors import IntegrityError
 from solollm.finetune.packing import SampleStream
+from solollm.finetune.samples import read_samples
 from solollm.finetune.tuning import finetune, prepare_tuning
 from solollm.horizon import adapter_options
 from solollm.pretraining import resume
@@ -139,10 +140,15 @@ def test_check_shows_what_is_trained_and_the_command_trains_it(
     shown = capsys.readouterr().out
     assert "»value = 1\nvalue = 1\n<|end|>«" in shown
     assert "60 prompt_completion" in shown
+    assert main([*words, "--check", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
     run = tmp_path / "run"
     settings = ["--set", "train.steps=2", "--set", "eval.sample_tokens=2", "--rank", "2"]
     assert main([*words, "--run", str(run), "--method", "qlora", *settings]) == 0
     assert "next     solollm chat" in capsys.readouterr().out
+    # What --check says is trained is what one pass trains: nothing that is held out.
+    assert found["num_held_out"] > 0
+    assert found["num_targets"] == read_samples(run / "data").train.num_targets
     bad = tmp_path / "bad.jsonl"
     bad.write_text('{"question": "a", "answer": ""}\n', encoding="utf-8")
     assert main(["finetune", str(base), "--data", str(bad), "--check"]) == 5
