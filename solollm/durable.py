@@ -345,6 +345,16 @@ def _storage_error(error: OSError, path: Path, needed_bytes: int) -> StorageErro
         errno.EROFS: "the file system is read-only: choose another folder",
         errno.EMFILE: "too many files are open (`ulimit -n`): raise the limit",
     }
+    about_the_place = {  # no room would help
+        errno.EEXIST: "a file stands where a folder is needed: choose another name",
+        errno.ENOTDIR: "a file stands where a folder is needed: choose another name",
+        errno.EACCES: "you may not write there: choose another folder",
+        errno.EPERM: "you may not write there: choose another folder",
+    }
+    if error.errno in about_the_place:
+        return StorageError(
+            f"cannot write {path}: {error.strerror}", fix=about_the_place[error.errno]
+        )
     return StorageError(
         f"cannot write {path}: {error.strerror or error}",
         why=f"{needed_bytes:,} more bytes were needed and {room}",

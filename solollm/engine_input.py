@@ -80,7 +80,7 @@ def checked_prompt(request: Request, options: EngineOptions) -> np.ndarray:
         raise ConfigError(
             f"a prompt of {len(prompt)} tokens is too long",
             why=f"the engine holds {options.max_seq_len} positions",
-            fix="shorten it from the left, or give a larger max_seq_len",
+            fix="shorten it: the end counts most",
         )
     if prompt.min() < 0 or prompt.max() >= options.vocab_size:
         bad = prompt[(prompt < 0) | (prompt >= options.vocab_size)][0]

@@ -114,8 +114,15 @@ class StoppedBySignal(Stopped):
 
 
 def quoted(path: object) -> str:
-    """A path as a shell takes it, for commands that a message tells to type."""
-    return shlex.quote(str(path))
+    """A path as a shell and a command take it, for commands that a message tells to type."""
+    text = str(path)
+    return shlex.quote(f"./{text}" if text.startswith("-") else text)
+
+
+def printable(text: object) -> str:
+    """Text without the characters that would steer a terminal: a model, a file's name and a file's
+    content can hold any."""
+    return "".join(c if c.isprintable() or c in "\n\t" else "\ufffd" for c in str(text or ""))
 
 
 def nearest(name: str, valid: Iterable[str]) -> str:

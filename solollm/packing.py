@@ -89,9 +89,11 @@ def unpack(archive: Path, folder: Path) -> Unpacked:
     Raises:
         IntegrityError: the archive is damaged or forged; names the file, and the tensor where it
             is one. Nothing was changed.
-        ConfigError: a run, or another corpus or base, of that name is there.
+        ConfigError: no such archive; a run, or another corpus or base, of that name is there.
         StorageError: from the disk.
     """
+    if not archive.exists():
+        raise ConfigError(f"{archive} does not exist", fix="check the path")
     with ArchiveReader(archive) as reader, ExitStack() as stack:
         bundle = reader.bundle
         final = folder / bundle.run_folder

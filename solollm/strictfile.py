@@ -93,7 +93,7 @@ def strict_json(content: bytes | bytearray | memoryview) -> Any:
     try:
         return json.loads(
             str(content, "utf-8"),
-            object_pairs_hook=_unique,
+            object_pairs_hook=unique_keys,
             parse_int=_integer,
             parse_constant=_no_constant,
         )
@@ -117,7 +117,8 @@ def _reason(error: Exception) -> str:
     return str(getattr(error, "strerror", None) or error)
 
 
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+def unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """An `object_pairs_hook` for `json.loads`; raises ValueError for a key that stands twice."""
     table = dict(pairs)
     if len(table) != len(pairs):
         seen: set[str] = set()

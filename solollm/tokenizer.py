@@ -13,6 +13,7 @@ from __future__ import annotations
 import codecs
 import hashlib
 import json
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -35,6 +36,7 @@ SPECIAL_TOKENS = (BOS, EOS, PAD, *(f"<|{role}|>" for role in ROLES), END)
 PADDING_MULTIPLE = 64
 _TURN_ENDS = (END, "<|eot_id|>", "<|im_end|>")
 _FAST_AFTER_CHARS = 1 << 18  # learning the character classes costs as much as this much text
+_SURROGATE = re.compile("[\ud800-\udfff]")
 
 
 class Tokenizer:
@@ -131,7 +133,9 @@ class Tokenizer:
             encodings = self._plain.encode_batch_fast(list(texts), add_special_tokens=False)
         except (TypeError, UnicodeEncodeError) as error:
             raise DataError(
-                "a text cannot be encoded", why=str(error), fix="read it with errors='replace'"
+                "a text cannot be encoded",
+                why=_unencodable(texts) or str(error),
+                fix="give text in UTF-8, or read it with errors='replace'",
             ) from error
         return [np.array(encoding.ids, dtype=np.uint32) for encoding in encodings]
 
@@ -248,6 +252,16 @@ class Tokenizer:
         ids = {"bos_token": self.bos_id, "eos_token": self.eos_id, "pad_token": self.pad_id}
         names = {name: self._token_bytes[i].decode() for name, i in ids.items()}
         return ChatTemplate(source, names)
+
+
+def _unencodable(texts: Sequence[str]) -> str:
+    """Where the first text has no UTF-8, in words; empty where it is something else."""
+    for text in texts:
+        found = _SURROGATE.search(text) if isinstance(text, str) else None
+        if found:
+            place = found.start() + 1
+            return f"its character {place:,} is {found.group()!a}, a lone surrogate: not text"
+    return ""
 
 
 class StreamDecoder:

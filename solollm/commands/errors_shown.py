@@ -11,7 +11,7 @@ from typing import NamedTuple
 import click
 
 from solollm.commands import console, print_json
-from solollm.errors import SoloLLMError
+from solollm.errors import SoloLLMError, printable
 
 DEBUG_VARIABLE = "SOLOLLM_DEBUG"
 _STORAGE_ERRNOS = {errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EROFS, errno.EFBIG}
@@ -39,7 +39,9 @@ def show_error(error: BaseException, *, as_json: bool = False) -> int:
     lines = [(message.what, "bold"), (message.why, ""), (message.fix, "green")]
     for label, (text, style) in zip(("", "  why: ", "  fix: "), lines, strict=True):
         if text:  # soft_wrap: a pipe gets one part per line
-            terminal.print(label + text, style=style, markup=False, emoji=False, soft_wrap=True)
+            terminal.print(
+                label + printable(text), style=style, markup=False, emoji=False, soft_wrap=True
+            )
     return message.exit_code
 
 

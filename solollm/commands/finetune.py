@@ -10,6 +10,7 @@ import click
 
 from solollm.commands import Number, console, print_json
 from solollm.commands.pretrain import say, say_measuring, show_result, sink_for
+from solollm.errors import printable
 
 if TYPE_CHECKING:
     from solollm.finetune.check import Findings
@@ -114,7 +115,7 @@ def show_check(reading: Reading, findings: Findings, *, as_json: bool) -> None:
         print_json(findings.as_json())
         return
     for one in reading.laid[:_SHOWN_SAMPLES]:
-        say(f"--- {one.place}")
+        say(f"--- {printable(one.place)}")
         names = ("",) if len(one.samples) == 1 else ("chosen", "rejected")
         for name, sample in zip(names, one.samples, strict=True):
             if name:
@@ -123,11 +124,11 @@ def show_check(reading: Reading, findings: Findings, *, as_json: bool) -> None:
     show_findings(findings)
     lines = folded(findings.problems)
     for line in lines[:_SHOWN_PROBLEMS]:
-        say(f"bad row     {line}")
+        say(f"bad row     {printable(line)}")
     if len(lines) > _SHOWN_PROBLEMS:
         say(f"            {len(lines) - _SHOWN_PROBLEMS:,} other reasons; --json lists every row")
     for fault in findings.faults:
-        say(f"FAULT       {fault}")
+        say(f"FAULT       {printable(fault)}")
     if not findings.faults:
         say("sound       every answer ends in a trained end of turn; tokenizer, template and"
             " generation config agree on it")  # fmt: skip
@@ -139,7 +140,7 @@ def show_sample(sample: Rendered, tokenizer: Tokenizer) -> None:
 
     target, text = console(), Text()
     for ids, is_trained in _runs(sample):
-        piece = tokenizer.decode(ids, skip_special=False)
+        piece = printable(tokenizer.decode(ids, skip_special=False))
         if is_trained:
             text.append(piece if target.color_system else f"»{piece}«", style="bold green")
         else:

@@ -17,7 +17,7 @@ from solollm.data.canaries import CANARIES_NAME
 from solollm.data.decontamination import CONTAMINATION_NAME, Decontaminated
 from solollm.data.items import Broken, Item, PassedOver, excerpt
 from solollm.data.private import PRIVATE_NAME
-from solollm.errors import ConfigError, IntegrityError
+from solollm.errors import ConfigError, IntegrityError, printable
 from solollm.personal import LABELS
 
 REPORT_NAME = "report.json"
@@ -295,7 +295,7 @@ def _render_causes(title: str, causes: Mapping[str, Cause], examples: int) -> li
         for example in cause.examples[:examples]:
             parts = (example.source, example.place, example.detail, example.excerpt[:60])
             told = "  ".join(" ".join(part.split()) for part in parts if part)
-            lines.append(f"            {told}")
+            lines.append(f"            {printable(told)}")
     rest = [cause.count for cause in causes.values()][_SHOWN_CAUSES:]
     if rest:
         lines.append(f"  {sum(rest):>8,}  for {len(rest)} other reasons, see {REPORT_NAME}")

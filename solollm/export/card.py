@@ -226,7 +226,7 @@ def _training_rows(training: Training) -> Table:
     if config is not None and config.train.steps:
         steps += f" of {config.train.steps:,} planned"
     rows: Table = [
-        ("corpus", f"fingerprint `{state.data.fingerprint}`, order by seed {state.data.seed}"),
+        ("batches", f"fingerprint `{state.data.fingerprint}`, order by seed {state.data.seed}"),
         ("steps", steps),
         ("tokens trained on", f"{state.tokens_seen:,}"),
     ]

@@ -42,7 +42,7 @@ def data_section(run: Path, config: RunConfig, state: TrainerState) -> str:
             return "The corpus beside the run is another one by now.\n"
         report = read_report(Path(config.data.corpus))
     except (SoloLLMError, OSError):
-        return "The data is not at hand any more; its fingerprint stands above.\n"
+        return "The data is not at hand any more; the fingerprint of its batches stands above.\n"
     return table(("", ""), _corpus_rows(report, state, is_all=not config.data.decay_corpus))
 
 
@@ -118,7 +118,7 @@ def _line(cells: Sequence[str]) -> str:
 
 
 def _corpus_rows(report: CorpusReport, state: TrainerState, *, is_all: bool) -> Table:
-    rows: Table = []
+    rows: Table = [("corpus", f"fingerprint `{report.fingerprint}`")]
     for split, name in _SPLITS.items():
         record = report.splits.get(split)
         if record is not None:

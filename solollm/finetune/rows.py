@@ -17,6 +17,7 @@ from solollm.data.items import Limits, Unreadable
 from solollm.data.sources import check_sources, hub_rows
 from solollm.errors import ConfigError, DataError
 from solollm.finetune.shapes import kind_of
+from solollm.strictfile import unique_keys
 
 MAX_ROW_BYTES = 1 << 24
 _READ = ("jsonl", "json", "parquet")
@@ -117,7 +118,7 @@ def _json(path: Path, kind: FileKind) -> Iterator[Row]:
         yield from _lines(path, kind)
         return
     try:
-        values = json.loads(content)
+        values = json.loads(content, object_pairs_hook=unique_keys)
     except (ValueError, RecursionError) as error:
         yield Row(path.name, {}, f"is no JSON: {error}")
         return
@@ -148,7 +149,7 @@ def _parquet(path: Path) -> Iterator[Row]:
 
 def _parsed(place: str, line: bytes) -> Row:
     try:
-        value = json.loads(line)
+        value = json.loads(line, object_pairs_hook=unique_keys)
     except (ValueError, RecursionError) as error:
         return Row(place, {}, f"is no JSON: {_in_line(error)}")
     return _row(place, value)

@@ -20,6 +20,7 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
+from solollm.errors import printable
 from solollm.planner import format_bytes
 from solollm.report.charts import count_text, smooth
 from solollm.report.html import duration_text
@@ -199,7 +200,7 @@ class ConsoleSink:
             self._shown, self._shown_step = moment, self._row.get("step")
 
     def _print(self, text: Text) -> None:
-        text.plain = _printable(text.plain)
+        text.plain = printable(text.plain)
         self._console.print(text, soft_wrap=True)
 
     def _line(self) -> str:
@@ -253,8 +254,8 @@ class ConsoleSink:
         return Group(bar, facts)
 
     def _sample_text(self) -> Text:
-        text = Text(_printable(self._sample.get("prompt")), style="dim")
-        text.append(_printable(self._sample.get("text")), style="italic")
+        text = Text(printable(self._sample.get("prompt")), style="dim")
+        text.append(printable(self._sample.get("text")), style="italic")
         kept = text[:_SAMPLE_CHARACTERS].split("\n", allow_blank=True)[:6]
         return Text("\n", no_wrap=True, overflow="ellipsis").join(kept)
 
@@ -272,11 +273,6 @@ def sparkline(values: list[float | None], width: int = 24) -> str:
     low, high = min(points), max(points)
     top = len(_BARS) - 1
     return "".join(_BARS[round((p - low) / ((high - low) or 1.0) * top)] for p in points)
-
-
-def _printable(text: object) -> str:
-    """Text without the characters that would steer the terminal: a model can produce any."""
-    return "".join(c if c.isprintable() or c in "\n\t" else "\ufffd" for c in str(text or ""))
 
 
 def _headline(facts: Row) -> str:

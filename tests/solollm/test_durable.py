@@ -176,6 +176,15 @@ def test_error_says_how_much_was_needed_and_is_free(
             file.write(bytes(1000))
 
 
+def test_a_file_where_a_folder_is_needed_is_not_a_full_disk(tmp_path: Path) -> None:
+    """Guards: `File exists; 0 more bytes were needed and 81,708,625,920 are free`."""
+    (tmp_path / "taken").write_text("mine")
+    with pytest.raises(StorageError, match="a file stands where a folder is needed") as caught:
+        durable.make_directory(tmp_path / "taken" / "run")
+    assert "bytes" not in str(caught.value)
+    assert (tmp_path / "taken").read_text() == "mine"
+
+
 def test_room_is_checked_before_a_byte_is_written(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -428,7 +428,7 @@ def test_everyday_mistakes(run: Path, archive: Path, tmp_path: Path) -> None:
     (tmp_path / "text.solo").write_text("no archive at all\n" * 100)
     with pytest.raises(IntegrityError, match="not the start of a packed run"):
         unpack(tmp_path / "text.solo", tmp_path / "there")
-    with pytest.raises(IntegrityError):
+    with pytest.raises(ConfigError, match="does not exist"):  # misspelt, not damaged
         unpack(tmp_path / "absent.solo", tmp_path / "there")
     shutil.copytree(run, tmp_path / "läuft")
     with pytest.raises(ConfigError, match="cannot travel under this name"):

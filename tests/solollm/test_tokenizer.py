@@ -116,7 +116,7 @@ def test_a_vocabulary_without_room_for_bytes_is_refused() -> None:
 
 def test_a_lone_surrogate_is_an_error_not_a_crash(tokenizer: Tokenizer) -> None:
     """JSON can smuggle one into a str; it has no UTF-8."""
-    with pytest.raises(DataError, match="cannot be encoded"):
+    with pytest.raises(DataError, match=r"cannot be encoded; its character 2 is '\\ud800'"):
         tokenizer.encode("a\ud800b")
     fresh = Tokenizer(tokenizer.files())
     fresh._slow_chars = 0

@@ -15,6 +15,7 @@ def test_a_path_is_quoted_where_it_has_to_be() -> None:
     """Plain paths stay as they are, since most are, and quotes are ugly."""
     assert quoted(Path("runs/first")) == "runs/first"
     assert shlex.split(f"solollm resume {quoted('runs/läuft 1')}")[2:] == ["runs/läuft 1"]
+    assert quoted(Path("-m v/runs/a")) == "'./-m v/runs/a'"  # no option of the command
 
 
 def test_a_corpus_in_a_folder_with_a_blank_is_trained_on_as_told(tmp_path: Path) -> None:

@@ -101,6 +101,15 @@ def run_chat(monkeypatch: pytest.MonkeyPatch, lines: str, *arguments: str) -> in
     return main(["chat", *arguments])
 
 
+def test_a_prompt_that_is_too_long_is_not_repeated(run, capsys) -> None:
+    """Guards: pages of one's own text above the one line that says what is wrong."""
+    assert main(["generate", str(run), "word " * 500]) == 2
+    shown = capsys.readouterr()
+    assert shown.out == ""
+    assert "is too long" in shown.err
+    assert "max_seq_len" not in shown.err  # no option of this command
+
+
 def test_generate_streams_the_prompt_and_its_continuation(run, base_model, capsys) -> None:
     """Guards the text: prompt, continuation, one newline; the same as the Python function's."""
     assert main(["generate", str(run), "def ", "--temperature", "0", "--max-new-tokens", "12"]) == 0

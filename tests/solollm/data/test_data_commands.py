@@ -56,6 +56,17 @@ def test_build_report_and_inspect_tell_the_same_story(notes: Path, tmp_path: Pat
     assert "not UTF-8" in words
 
 
+def test_what_is_broken_steers_no_terminal(notes: Path, tmp_path: Path) -> None:
+    """Guards the screen: a file's name, and its content, may clear it or name its window."""
+    (notes / "\x1b]0;mine\x07.md").write_bytes(b"\xff")
+    (notes / "rows.jsonl").write_text("{\x1b[2J\n")
+    words = _run("build", notes, "--out", tmp_path / "corpus", "--vocab-size", "300")
+    words += _run("report", tmp_path / "corpus")
+    assert "]0;mine" in words
+    assert "[2J" in words
+    assert not {"\x1b", "\x07"} & set(words)
+
+
 def test_a_ready_tokenizer_is_used(notes: Path, tmp_path: Path) -> None:
     """Guards second corpora for the decay stage: the same ids as the first."""
     _run("build", notes, "--out", tmp_path / "a", "--vocab-size", "300", "--json")

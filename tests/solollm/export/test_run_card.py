@@ -66,7 +66,8 @@ def test_every_figure_is_the_runs_own(run: Path, corpus: Path) -> None:
     checkpoint.close()
     for fact in (
         f"# {run.name}\n", f"of {checkpoint.model.num_parameters():,} parameters",
-        f"`{checkpoint.certificate.digest}`", f"`{state.data.fingerprint}`",
+        f"`{checkpoint.certificate.digest}`", f"| batches | fingerprint `{state.data.fingerprint}`",
+        f"| corpus | fingerprint `{report.fingerprint}` |",
         f"| tokens trained on | {state.tokens_seen:,} |", "| steps | 2 of 2 planned |",
         f"| trained on | {train.documents:,} documents, {train.tokens:,} tokens,",
         f"| held out | {held_out.documents:,} documents, {held_out.tokens:,} tokens,",

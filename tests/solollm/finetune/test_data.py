@@ -69,7 +69,8 @@ def test_bad_rows_are_named_by_file_and_line(small_tokenizer: Tokenizer, tmp_pat
     """Guards: a run that starts on data it cannot finish, or a message that names no place."""
     path, table = tmp_path / "rows.jsonl", tmp_path / "rows.parquet"
     bad = ['{"question": "x"', "[1]", '{"question": "x", "answer": ""}', '{"text": "plain"}',
-           '{"question": "a", "answer": "' + "b" * 1_000_000 + '"}', "[" * 100_000]  # fmt: skip
+           '{"question": "a", "answer": "' + "b" * 1_000_000 + '"}', "[" * 100_000,
+           '{"question": "x", "answer": "a", "answer": "b"}']  # fmt: skip
     path.write_text("\n".join([GOOD, *bad, "", GOOD]), encoding="utf-8")
     import pyarrow
     import pyarrow.parquet
@@ -78,19 +79,20 @@ def test_bad_rows_are_named_by_file_and_line(small_tokenizer: Tokenizer, tmp_pat
     pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), table)
     reading = read(small_tokenizer, path, table)
     places = [problem.place for problem in reading.problems]
-    assert places == [*(f"rows.jsonl:{n}" for n in range(2, 8)), "rows.parquet row 2"]
+    assert places == [*(f"rows.jsonl:{n}" for n in range(2, 9)), "rows.parquet row 2"]
     for reason in (
         "is no JSON: Expecting ',' delimiter, at character 17",
         "is a list",
         "is empty",
         "no known shape",
+        "the key 'answer' stands twice",
         "1,000,000 characters",
     ):
         assert any(reason in problem.reason for problem in reading.problems), reason
     assert len(reading.laid) == 3
     with pytest.raises(DataError, match=r"rows\.jsonl:2"):
         sample_set(reading, FinetuneTable(), 64)
-    assert "7 rows" in examine(reading, FinetuneTable(), tmp_path, seq_len=64).faults[0]
+    assert "8 rows" in examine(reading, FinetuneTable(), tmp_path, seq_len=64).faults[0]
 
 
 def test_long_samples_need_a_word(small_tokenizer: Tokenizer, tmp_path: Path) -> None:

@@ -182,6 +182,20 @@ def test_check_says_what_is_wrong_once_and_lists_all_of_it_as_json(
     assert "there is no row to train on" in capsys.readouterr().out
 
 
+def test_check_steers_no_terminal(
+    base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Guards the screen: rows of others may hold any character, in keys, too."""
+    rows = [{"question": "why?", "answer": "\x1b[2J so."}, {"\x1b[31mkey": 1}]
+    data = tmp_path / "rows.jsonl"
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    assert main(["finetune", str(base), "--data", str(data), "--check"]) == 5
+    shown = capsys.readouterr()
+    assert "[2J so." in shown.out
+    assert "[31mkey" in shown.out
+    assert "\x1b" not in shown.out + shown.err
+
+
 def test_a_tuned_adapter_is_measured_and_told_from_its_base(
     base: Path, chats: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
