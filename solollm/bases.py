@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from solollm.adapters import BASE
-from solollm.errors import ConfigError
+from solollm.errors import ConfigError, quoted
 from solollm.frozen_base import BaseRecord, BaseSource
 from solollm.runs import Run
 from solollm.strictfile import parse_json, read_bytes, refused
@@ -35,18 +35,28 @@ def find_base(checkpoint: Path, given: Path | None = None) -> Path:
         IntegrityError: damaged files, or another base than the adapter was trained on.
     """
     record = base_record(checkpoint)
-    base = given or _of_run(checkpoint)
-    if base is None or not (base / "config.json").is_file():
-        named = f" ({record.hub_id} on the Hugging Face hub)" if record.hub_id else ""
-        raise ConfigError(
-            f"the base{named} of {checkpoint} is not at {base}"
-            if base
-            else f"the base{named} of {checkpoint} is not known here",
-            why="an adapter is only what was learnt beside it",
-            fix="put it back where the run's run.toml says, or say where it is: --base FOLDER",
-        )
+    base = require_place(given or _of_run(checkpoint), checkpoint, hub_id=record.hub_id)
     require_base(base, record.content)
     return base
+
+
+def require_place(place: Path | None, owner: Path, *, hub_id: str | None = None) -> Path:
+    """`place`, where the base of the run or checkpoint `owner` is to be; raises ConfigError where
+    no model is there."""
+    if place is not None and (place / "config.json").is_file():
+        return place
+    if place is not None and (place / "checkpoints").is_dir():
+        raise ConfigError(
+            f"{place} is a run, and the base of {owner} is one of its checkpoints",
+            fix=f"give that one: --base {quoted(place / 'checkpoints')}/step-...",
+        )
+    named = f" ({hub_id} on the Hugging Face hub)" if hub_id else ""
+    raise ConfigError(
+        f"the base{named} of {owner} is {f'not at {place}' if place else 'not known here'}",
+        why="an adapter is only what was learnt beside it",
+        fix="put it there, where the run's run.toml says; `solollm resume` and `solollm export` (to"
+        " make one model of both: --merge) take another place: --base FOLDER",
+    )
 
 
 def require_base(folder: Path, content: str) -> None:

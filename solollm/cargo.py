@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from solollm.archive import Source, hash_source
-from solollm.bases import require_base
+from solollm.bases import require_base, require_place
 from solollm.bundle import RUN_FILES, Bundle, is_movable, seal
 from solollm.certificate import Certificate
 from solollm.checkpoint import (
@@ -136,7 +136,7 @@ def _cargo(run: Run, checkpoint: Checkpoint, *, with_corpus: bool, with_base: bo
         verify_corpus(path)
         sources |= _placed(f"corpora/{corpus}", path, _files_of(path))
     if base is not None and with_base:
-        require_base(base.folder, base.content)
+        require_base(require_place(base.folder, run.path), base.content)
         sources |= _placed(f"models/{base.name}", base.folder, model_files(base.folder))
     if config.finetune is not None:
         samples = Path(config.data.corpus)

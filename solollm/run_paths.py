@@ -9,6 +9,7 @@ import os
 from collections.abc import Callable
 from pathlib import Path
 
+from solollm.bases import require_place
 from solollm.config import RunConfig
 from solollm.data.shards import INDEX_NAME
 from solollm.errors import ConfigError
@@ -60,11 +61,5 @@ def with_base(config: RunConfig, run: Path, base: Path | None) -> RunConfig:
     none."""
     if not trains_adapter(config):
         return config
-    place = base or Path(config.train.init_from)
-    if not (place / "config.json").is_file():
-        raise ConfigError(
-            f"the base of {run} is not at {place}",
-            why="an adapter is only what was learnt beside it",
-            fix="put it there, or say where it is: --base FOLDER",
-        )
+    place = require_place(base or Path(config.train.init_from), run)
     return updated(config, "train", init_from=str(place))

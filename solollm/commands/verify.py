@@ -13,7 +13,7 @@ import click
 
 from solollm.commands import print_json
 from solollm.commands.pretrain import say
-from solollm.commands.verify_faults import faults
+from solollm.commands.verify_faults import faults, require_new
 
 if TYPE_CHECKING:
     from solollm.config import RunConfig
@@ -172,6 +172,7 @@ def _equal(value: bool) -> str:
 @contextlib.contextmanager
 def _folder(kept: Path | None) -> Iterator[Path]:
     if kept is not None:
+        require_new(kept)
         yield kept
         return
     with tempfile.TemporaryDirectory(prefix="solollm-verify-") as folder:

@@ -44,7 +44,7 @@ def faults(
     must then go on to the undisturbed run's weights, optimizer and losses, to the bit. Where a
     promise is broken this ends with 1, and what is left of that run is kept.
     """
-    from solollm.errors import ConfigError, SoloLLMError
+    from solollm.errors import SoloLLMError
     from solollm.fault_proof.proof import chosen_faults, prove_faults, training_for_faults
 
     chosen = chosen_faults(names)
@@ -52,8 +52,8 @@ def faults(
         for fault in chosen:
             _show_fault(fault, as_json=as_json)
         return
-    if folder is not None and folder.exists() and any(folder.iterdir()):
-        raise ConfigError(f"{folder} is not empty", fix="give --folder the name of a new folder")
+    if folder is not None:
+        require_new(folder)
     place = folder or Path(tempfile.mkdtemp(prefix="solollm-verify-"))
     outcomes: list[Outcome] = []
     begun = time.monotonic()
@@ -116,3 +116,14 @@ def _summarize(outcomes: list[Outcome], seconds: float, *, as_json: bool) -> Non
         return
     shown = ", ".join(f"{count} {verdict}" for verdict, count in counts.items())
     say(f"{shown}, in {seconds:.0f} s")
+
+
+def require_new(folder: Path) -> None:
+    """Raise ConfigError unless runs can be kept in `folder` without a mix-up."""
+    from solollm.errors import ConfigError
+
+    fix = "give --folder the name of a new folder"
+    if folder.exists() and not folder.is_dir():
+        raise ConfigError(f"{folder} is no folder", fix=fix)
+    if folder.exists() and any(folder.iterdir()):
+        raise ConfigError(f"{folder} is not empty", fix=fix)

@@ -305,9 +305,11 @@ def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
 
 
 def duration_text(seconds: float | None) -> str:
-    """`41 s`, `12 min 5 s`, `3 h 20 min`, `5 d 2 h`, `3 years`; empty for None."""
+    """`13 ms`, `41 s`, `12 min 5 s`, `3 h 20 min`, `5 d 2 h`, `3 years`; empty for None."""
     if seconds is None:
         return ""
+    if 0 < seconds < 0.1:
+        return f"{1000 * seconds:.3g} ms"
     if seconds < 10:
         return f"{seconds:.1f} s"
     if seconds >= 2 * _YEAR:

@@ -215,9 +215,18 @@ def test_ticks_are_round_and_inside(low: float, high: float, expected: list[floa
 
 
 def test_durations_and_counts_read_well() -> None:
-    """3661 s shown as 61 min 1 s; 59.7 s as 60 s but no minute."""
-    shown = [duration_text(s) for s in (0.42, 41.2, 59.7, 725, 12_000, 180_000, 1e9)]
-    assert shown == ["0.4 s", "41 s", "1 min", "12 min 5 s", "3 h 20 min", "2 d 2 h", "32 years"]
+    """A step of 13 ms shown as 0.0 s; 3661 s as 61 min 1 s; 59.7 s as 60 s but no minute."""
+    shown = [duration_text(s) for s in (0.0135, 0.42, 41.2, 59.7, 725, 12_000, 180_000, 1e9)]
+    assert shown == [
+        "13.5 ms",
+        "0.4 s",
+        "41 s",
+        "1 min",
+        "12 min 5 s",
+        "3 h 20 min",
+        "2 d 2 h",
+        "32 years",
+    ]
     assert [count_text(n) for n in (7, 950, 13_243, 1_070_000, 7e9)] == [
         "7", "950", "13.2k", "1.07M", "7B",
     ]  # fmt: skip

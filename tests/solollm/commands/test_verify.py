@@ -49,6 +49,21 @@ def test_unequal_states_end_with_3(proofs, capsys: pytest.CaptureFixture[str]) -
     assert "the killed run is not equal to the undisturbed one" in captured.err
 
 
+@pytest.mark.parametrize("what", ["resume", "migration", "faults"])
+def test_runs_are_kept_in_a_new_folder_only(
+    proofs, what: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Guards one's own folder of runs: `--folder runs` put a corpus and two runs among them."""
+    (tmp_path / "mine").mkdir()
+    assert main(["verify", what, "--folder", str(tmp_path)]) == 2
+    assert "give --folder the name of a new folder" in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == ["mine"]
+    (tmp_path / "file").write_text("mine")
+    assert main(["verify", what, "--folder", str(tmp_path / "file")]) == 2
+    assert "is no folder" in capsys.readouterr().err
+    assert proofs == []
+
+
 def test_a_training_of_ones_own_is_proved(
     proofs, small_corpus: Path, small_tokenizer: Tokenizer, tmp_path: Path,
     capsys: pytest.CaptureFixture[str],

@@ -142,6 +142,16 @@ def test_without_its_base(
     run = tmp_path / "there" / "runs" / "qlora"
     with pytest.raises(ConfigError, match=r"base of .* is not at .*--base FOLDER"):
         resume(run)
+    (tmp_path / "first" / "checkpoints").mkdir(parents=True)
+    with pytest.raises(ConfigError, match=r"first is a run, .* is one of its checkpoints"):
+        resume(run, base=tmp_path / "first")
+    capsys.readouterr()
+    assert main(["generate", str(run), "a"]) == 2  # which has no --base
+    assert "`solollm resume` and `solollm export`" in capsys.readouterr().err
+    # What is not there is no damaged file, and nothing is half written.
+    assert main(["runs", "pack", str(run), str(tmp_path / "again.solo")]) == 2
+    assert "is not at" in capsys.readouterr().err
+    assert not (tmp_path / "again.solo").exists()
     assert main(["resume", str(run), "--base", str(base), "--json"]) == 0
     assert newest(run).certificate.digest == newest(runs["qlora"]).certificate.digest
 
