@@ -80,7 +80,8 @@ def command(model: Path, prompt: str, as_json: bool, **values: Any) -> None:
         opened, prompt, max_new_tokens=values["max_new_tokens"], sampling=sampling
     )  # fmt: skip
     if not as_json:
-        first, _ = next(pieces)  # what cannot be continued is refused before it is repeated
+        # What cannot be continued is refused before it is repeated.
+        first, _ = next(pieces, ("", None))
         show(prompt + first)
         for text, _ in pieces:
             show(text)
