@@ -16,7 +16,9 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
+import torch._dynamo
 from torch import Tensor
+from torch.utils.dlpack import from_dlpack, to_dlpack  # type: ignore[attr-defined]
 
 from solollm.config import OptimizerTable
 from solollm.optim_codec import BLOCK_SIZE
@@ -39,10 +41,13 @@ class Numbers(NamedTuple):
         cls, table: OptimizerTable, device: torch.device, *, lr: float, updates: int,
         grad_scale: Tensor | None, found_inf: Tensor | None,
     ) -> Numbers:  # fmt: skip
-        """`updates`: how many were applied before this one."""
+        """`updates`: how many were applied before this one.
+
+        Filled by the device: a copy from the host would wait for all that is queued there.
+        """
         t = updates + 1
-        given = [lr, 1 - table.beta1**t, math.sqrt(1 - table.beta2**t), 1.0, 0.0]
-        lr_, correction, root, one, zero = torch.tensor(given, device=device).unbind()
+        given = (lr, 1 - table.beta1**t, math.sqrt(1 - table.beta2**t), 1.0, 0.0)
+        lr_, correction, root, one, zero = (torch.full((), x, device=device) for x in given)
         return cls(
             lr_, correction, root, one if grad_scale is None else grad_scale,
             zero if found_inf is None else found_inf,
@@ -76,20 +81,33 @@ def coded_adamw(
     _compiled()(
         tuple(_rows(part[chunk]) for part in master),
         _rows(gradient),
-        tuple((_rows(s.codes[chunk]), s.absmax[blocks], tables_of(s.state, s.codes.device))
-              for s in (first, second)),
+        tuple((_rows(s.codes[chunk]), _alone(s.absmax[blocks]),
+               tables_of(s.state, s.codes.device)) for s in (first, second)),
         numbers, beta1=table.beta1, beta2=table.beta2, eps=table.eps,
         weight_decay=table.weight_decay if decay else 0.0,
     )  # fmt: skip
 
 
 def _rows(flat: Tensor) -> Tensor:
-    return flat.view(-1, BLOCK_SIZE)
+    return _alone(flat.view(-1, BLOCK_SIZE))
+
+
+def _alone(stretch: Tensor) -> Tensor:
+    """The same memory as a tensor with a storage of its own, of any number of blocks.
+
+    Streaming lays a unit's whole state into one buffer, and the compiler refuses tensors of several
+    dtypes in one storage that it is to change, and compiles anew for other places in it.
+    """
+    alone: Tensor = from_dlpack(to_dlpack(stretch))
+    torch._dynamo.maybe_mark_dynamic(alone, 0)
+    return alone
 
 
 @functools.cache
 def _compiled() -> Callable[..., None]:
-    return torch.compile(_update, dynamic=True, fullgraph=True)
+    """Only the number of blocks varies: a row of known length stays in registers between what is
+    decoded and what is encoded, one of any length would go through memory."""
+    return torch.compile(_update, fullgraph=True)
 
 
 _Coded = tuple[Tensor, Tensor, Tables]  # codes [N, 256], absmax [N]

@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from solollm_torch import compiled_updates
+from solollm_torch import compiled_updates, optim
+from solollm_torch.compiled_updates import Numbers
+from solollm_torch.offload import StreamingSession
 from solollm_torch.optim import Optimizer
+from solollm_torch.session import TorchSession
 from solollm_torch.split_master import join, split
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from solollm.architecture import ModelConfig, parameter_table
+from solollm.backend import Batch, Plan, SessionOptions
 from solollm.config import OptimizerTable
 
 NAME = "exp_avg.model.layers.0.mlp.up_proj.weight"
@@ -126,3 +132,78 @@ def test_a_step_that_is_not_finite_changes_nothing(
         trained.states()[NAME],
         states[NAME],
     )
+
+
+@pytest.fixture
+def kernels(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[list[Any]]]:
+    """The sizes of the inputs of every kernel that the compiler is asked for. It traces, and gives
+    each input that is changed its place, as for a card; its code generation takes too long."""
+    asked: list[list[Any]] = []
+
+    def backend(graph: Any, inputs: list[Tensor]) -> Any:
+        found = [
+            node.meta["example_value"] for node in graph.graph.nodes if node.op == "placeholder"
+        ]
+        asked.append([tuple(x.shape) for x in found if isinstance(x, Tensor)])
+        return torch._dynamo.lookup_backend("aot_eager")(graph, inputs)
+
+    torch.compiler.reset()
+    compiled_updates._compiled.cache_clear()
+    original = torch.compile
+    monkeypatch.setattr(
+        torch, "compile", lambda function, **how: original(function, **{**how, "backend": backend})
+    )
+    yield asked
+    compiled_updates._compiled.cache_clear()
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")
+@pytest.mark.parametrize("clip", ["lagged", "exact"])
+@pytest.mark.parametrize("kind", [StreamingSession, TorchSession])
+def test_one_kernel_serves_all_matrices_of_a_session(
+    monkeypatch: pytest.MonkeyPatch, make_batch: Callable[..., Batch], kernels: list[list[Any]],
+    kind: type[TorchSession], clip: str,
+) -> None:  # fmt: skip
+    """A streamed block's state is one buffer of several dtypes, which the compiler refused; and
+    every other place and size in it was compiled for anew, up to a limit that ends the run."""
+    monkeypatch.setattr(optim, "host_decides", lambda _: False)  # as on a card
+    monkeypatch.setattr(optim, "CHUNK_ELEMENTS", 1 << 12)  # matrices of several chunks, and rests
+    model = MODEL.model_copy(
+        update={"vocab_size": 512, "num_hidden_layers": 3, "intermediate_size": 320}
+    )
+    options = {"compile": False, "master": "split", "compiled_updates": True}
+    if kind is StreamingSession:
+        options |= {"offload": "streaming"}
+    table = OptimizerTable(name="adamw", state_bits=8, clip=clip, clip_norm=0.5)
+    session = kind(
+        model, SessionOptions(table, backend_options=options), Plan(4, True, "float32", 64, 8),
+        torch.device("cpu"),
+    )  # fmt: skip
+    for index in range(3):
+        assert not session.train_step(make_batch(8, 64, seed=index), lr=1e-3).result().skipped
+    assert len(kernels) == 1
+    of_rows = [shape for shape in kernels[0] if len(shape) == 2]
+    assert len(of_rows) == 5  # both halves, the gradient, both moments' codes
+    for count, size in of_rows:
+        assert isinstance(count, torch.SymInt)
+        assert type(size) is int  # known to the compiler, which else keeps no row in registers
+
+
+def test_numbers_of_a_step_are_not_copied_from_the_host() -> None:
+    """The host would wait for everything that is queued on a card, once per unit of every step."""
+    called: list[str] = []
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(
+            self, func: Any, types: Any, args: Any = (), kwargs: Any = None
+        ) -> Any:
+            called.append(str(func))
+            return func(*args, **(kwargs or {}))
+
+    with Watch():
+        numbers = Numbers.of(
+            TABLE, torch.device("cpu"), lr=0.5, updates=1, grad_scale=None, found_inf=None
+        )
+    assert set(called) == {"aten.full.default"}
+    expected = [0.5, 1 - 0.9**2, (1 - TABLE.beta2**2) ** 0.5, 1.0, 0.0]
+    np.testing.assert_allclose(torch.stack(list(numbers)).numpy(), expected, rtol=1e-6)
