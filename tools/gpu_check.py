@@ -19,7 +19,7 @@ For a machine without a network, wheels can travel with the checkout (45 MB). On
 
     pip download --only-binary=:all: --python-version 3.12 --platform manylinux_2_28_x86_64 \\
         --platform manylinux2014_x86_64 -d wheels pydantic psutil transformers
-    pip download --no-deps -d wheels liger-kernel
+    pip download --no-deps -d wheels liger-kernel cut-cross-entropy
 
 and there `python3 tools/gpu_check.py PART --wheels wheels`. They go before what is installed, but
 for NumPy and PyTorch, which belong together. The part `qlora` also needs bitsandbytes (60 MB), and

@@ -8,11 +8,13 @@ import sys
 import zipfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
-from unittest.mock import Mock
+from unittest.mock import MagicMock, Mock
 
 import pytest
 import torch
+from torch.autograd import DeviceType
 
 TOOLS = Path(__file__).resolve().parents[2] / "tools"
 
@@ -88,6 +90,57 @@ def test_the_qlora_part_stands_beside_its_peer(check: Any, tmp_path: Path) -> No
         pytest.importorskip(module)
     found = measured(check, "qlora", tmp_path / "gpu.json")
     assert found["ours"]["speedup"] > 0, found
+
+
+def test_what_claims_rest_on_and_no_card_has_run_comes_first(check: Any) -> None:
+    """The minutes of a lent card went to figures that were there, and those asked for were left."""
+    card, switches = torch.device("cuda", 0), importlib.import_module("gpu_resident").SWITCHES
+    names = [n for n, _ in importlib.import_module("gpu_offload").figures(card, tiny=False)]
+    assert [n for n in names if not n.startswith("of ")][:3] == [
+        "streaming, lagged, 16384 tokens per step",
+        "streaming, lagged, 16384 tokens per step, compiled updates",
+        "streaming, exact, 65536 tokens per step",
+    ]
+    assert len(names) == len(set(names)) == 9
+    assert list(switches)[:5] == [
+        "Muon, bf16 products", "cut-cross-entropy loss", "split masters, 8-bit moments",
+        "8-bit moments, compiled updates", "CUDA graphs",
+    ]  # fmt: skip
+
+
+def test_a_failing_profiler_costs_no_figure(check: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where counters are not for everybody, the step's speed was lost with its profile."""
+    resident = importlib.import_module("gpu_resident")
+    refused = Mock(side_effect=RuntimeError("no counters for you"))
+    monkeypatch.setattr(resident, "busiest_kernels", refused)
+    found = resident._ours(
+        resident.model_of("1.3b", tiny=True), torch.device("cpu"), {}, {"profiled": True},
+        shape=(2, 1, 64),
+    )  # fmt: skip
+    assert found["tokens_per_second"] > 0
+    assert found["profile"] == {"failed": "RuntimeError: no counters for you"}
+
+
+def test_a_kernel_counts_once(check: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """PyTorch gives an operator the time of its kernels, too: a step was busy twice its length."""
+    sessions = importlib.import_module("gpu_sessions")
+    rows = [
+        SimpleNamespace(
+            key=key, device_type=place, is_user_annotation=key == "step", count=1,
+            self_device_time_total=micros, self_cpu_time_total=1.0,
+        )
+        for key, place, micros in (
+            ("aten::mm", DeviceType.CPU, 4000.0), ("gemm", DeviceType.CUDA, 4000.0),
+            ("step", DeviceType.CUDA, 9000.0), ("copy", DeviceType.CUDA, 1000.0),
+        )
+    ]  # fmt: skip
+    watch = MagicMock()
+    watch.return_value.__enter__.return_value.key_averages.return_value = rows
+    monkeypatch.setattr(sessions, "profile", watch)
+    monkeypatch.setattr(sessions, "synchronize", lambda device: None)
+    found = sessions.busiest_kernels(lambda: None, torch.device("cuda", 0))
+    assert found["busy_milliseconds"] == 5.0
+    assert [kernel["name"] for kernel in found["kernels"]] == ["gemm", "copy"]
 
 
 class Part:
