@@ -16,7 +16,6 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
-import torch._dynamo
 from torch import Tensor
 from torch.utils.dlpack import from_dlpack, to_dlpack  # type: ignore[attr-defined]
 
