@@ -60,9 +60,7 @@ def contamination(
     try:
         corpus = trained_corpus(path, checkpoint)
         return tuple(_of(name, rows, corpus) for name, rows in items.items())
-    except (
-        SoloLLMError
-    ):  # a damaged corpus: what it holds is not known, and the score is none of it
+    except (SoloLLMError, OSError):  # a damaged corpus: what it held is not known, scores stay
         return tuple(Contamination(name, "") for name in items)
 
 

@@ -92,6 +92,9 @@ def test_a_corpus_that_is_not_the_runs_tells_nothing(
         shutil.copytree(kept, corpus)
         (corpus / "decontaminated.bin").write_bytes(b"torn")
         assert _of(run, *KNOWN) == unknown
+        (corpus / "decontaminated.bin").unlink()
+        (corpus / "decontaminated.bin").mkdir()  # hours of evaluation must not end on it
+        assert _of(run, *KNOWN) == unknown
         (corpus / "index.json").write_bytes(b"{")
         assert _of(run, *KNOWN) == unknown
     finally:
