@@ -13,9 +13,8 @@ import click
 from solollm.commands import Number, print_json
 from solollm.commands.data_contamination import contamination
 from solollm.commands.data_mix import mix
-from solollm.commands.data_progress import print_text, shown_progress
+from solollm.commands.data_progress import print_text, show_built, shown_progress
 from solollm.commands.data_tuning import tuning
-from solollm.errors import quoted
 
 if TYPE_CHECKING:
     from solollm.data.private import PrivateAction
@@ -134,7 +133,6 @@ def build(
     from solollm.data.intake import Screening
     from solollm.data.items import Limits
     from solollm.data.likeness import Like
-    from solollm.data.report import render_report
     from solollm.tokenizer import Tokenizer
 
     limits = Limits(
@@ -144,19 +142,13 @@ def build(
         report = build_corpus(
             sources, out, tokenizer=Tokenizer.load(tokenizer) if tokenizer else None,
             vocab_size=vocab_size, validation_fraction=validation_fraction,
-            split_rule=split_rule,
-            near_duplicates=near_duplicates,
+            split_rule=split_rule, near_duplicates=near_duplicates,
             like=Like(like, like_share) if like else None,
             screening=Screening(decontaminate, languages, private, quality),
             canaries=Canaries(canaries, canary_seed) if canaries else None, limits=limits,
             overwrite=overwrite, progress=progress,
         )  # fmt: skip
-    if as_json:
-        print_json({"corpus": str(out), **report.model_dump(mode="json")})
-        return
-    print_text(render_report(report))
-    run = quoted(f"runs/{out.name}")
-    print_text(f"\nwritten to {out}; next:\nsolollm pretrain --corpus {quoted(out)} --run {run}")
+    show_built(report, out, as_json=as_json)
 
 
 @command.command("report", epilog="\b\nExample:\n  solollm data report corpora/mine --verify")

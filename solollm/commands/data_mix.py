@@ -6,9 +6,8 @@ from pathlib import Path
 
 import click
 
-from solollm.commands import Number, print_json
-from solollm.commands.data_progress import print_text, shown_progress
-from solollm.errors import quoted
+from solollm.commands import Number
+from solollm.commands.data_progress import show_built, shown_progress
 
 _EPILOG = """\b
 Examples:
@@ -38,16 +37,10 @@ def mix(
     """
     from solollm.data.mixing import mix_corpora
     from solollm.data.parts import parse_part
-    from solollm.data.report import render_report
 
     with shown_progress(hidden=as_json) as progress:
         report = mix_corpora(
             [parse_part(part) for part in parts], out,
             tokens=None if tokens is None else int(tokens), overwrite=overwrite, progress=progress,
         )  # fmt: skip
-    if as_json:
-        print_json({"corpus": str(out), **report.model_dump(mode="json")})
-        return
-    print_text(render_report(report))
-    run = quoted(f"runs/{out.name}")
-    print_text(f"\nwritten to {out}; next:\nsolollm pretrain --corpus {quoted(out)} --run {run}")
+    show_built(report, out, as_json=as_json)

@@ -1,16 +1,19 @@
-"""What the commands that write corpora show: a bar while they work, and foreign text."""
+"""What the commands that write corpora show: a bar while they work, the report, foreign text."""
 
 from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING
 
-from solollm.commands import console
+from solollm.commands import console, print_json
+from solollm.errors import quoted
 
 if TYPE_CHECKING:
     from solollm.data.build import Progress
+    from solollm.data.report import CorpusReport
 
 _STAGES = {
     "reading": "Reading", "comparing": "Comparing", "tokenizer": "Sampling", "encoding": "Encoding",
@@ -21,6 +24,18 @@ _STAGES = {
 def print_text(text: str) -> None:
     """Foreign text, as it is: no markup, no wrapping."""
     console().print(text, markup=False, emoji=False, soft_wrap=True)
+
+
+def show_built(report: CorpusReport, out: Path, *, as_json: bool) -> None:
+    """What became of a corpus that was just written, and what to do with it."""
+    from solollm.data.report import render_report
+
+    if as_json:
+        print_json({"corpus": str(out), **report.model_dump(mode="json")})
+        return
+    print_text(render_report(report))
+    run = quoted(f"runs/{out.name}")
+    print_text(f"\nwritten to {out}; next:\nsolollm pretrain --corpus {quoted(out)} --run {run}")
 
 
 @contextmanager

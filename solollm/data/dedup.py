@@ -134,7 +134,7 @@ class Spool:
         if self._stays is None:
             with self.texts() as texts:
                 self._stays = np.ones(len(texts), bool)
-        self._stays[[*numbers]] = False
+        self._stays[np.fromiter(numbers, np.int64)] = False
 
     def _buckets(self) -> Iterator[tuple[int, np.ndarray, int]]:
         """(open file, its distinct entries in order, the number of duplicates) per bucket."""

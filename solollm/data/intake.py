@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -35,8 +35,8 @@ class Screening:
         quality: leave out texts that do not keep these rules (`solollm.data.quality`).
     """
 
-    decontaminate: Sequence[str] = field(default=())
-    languages: Sequence[str] = field(default=())
+    decontaminate: Sequence[str] = ()
+    languages: Sequence[str] = ()
     private: PrivateAction | None = None
     quality: QualityRules | None = None
 

@@ -61,7 +61,6 @@ class Counts:
 
     def __init__(self) -> None:
         self._counts = np.zeros(1 << _BITS, np.int64)
-
         self._pending: list[np.ndarray] = []
         self._num_pending = 0
 

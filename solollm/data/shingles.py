@@ -13,10 +13,12 @@ from typing import NamedTuple
 
 import numpy as np
 
+from solollm.data.permutation import mixed_bits
+
 WORDS = 5  # of a shingle
 _BLOCK = 1 << 16  # characters hashed at once: powers of the base are tabled up to there
 _BASE = np.uint64(0x9E3779B97F4A7C15 | 1)
-_MIX = (np.uint64(0xBF58476D1CE4E5B9), np.uint64(0x94D049BB133111EB))
+_STEP = np.uint64(0xBF58476D1CE4E5B9)  # from word to word of a shingle
 _UNBASE = np.uint64(pow(int(_BASE), -1, 2**64))
 _RUN, _SINGLE = 1, 2
 # First code points of blocks whose letters are words: Thai, Lao, Tibetan, Burmese, Khmer; kana,
@@ -65,8 +67,8 @@ def shingles(text: str) -> np.ndarray:
     count = len(words) - width + 1
     total = np.zeros(count, np.uint64)
     for place in range(width):
-        total = total * _MIX[0] + words[place : place + count]
-    return np.unique(_mixed(total))
+        total = total * _STEP + words[place : place + count]
+    return np.unique(mixed_bits(total))
 
 
 def split_words(text: str) -> Words:
@@ -86,17 +88,9 @@ def split_words(text: str) -> Words:
     within = np.arange(len(codes)) - starts[np.maximum(ordinal, 0)]
     powers = _powers()[np.clip(within, 0, _BLOCK - 1)]
     return Words(
-        _mixed(np.add.reduceat(values * powers, starts)),
+        mixed_bits(np.add.reduceat(values * powers, starts)),
         np.add.reduceat((kinds > 0).astype(np.int64), starts),
     )
-
-
-def _mixed(hashes: np.ndarray) -> np.ndarray:
-    """splitmix64's finaliser: every bit of the input shows in every bit of the output."""
-    hashes = (hashes ^ (hashes >> np.uint64(30))) * _MIX[0]
-    hashes = (hashes ^ (hashes >> np.uint64(27))) * _MIX[1]
-    mixed: np.ndarray = hashes ^ (hashes >> np.uint64(31))
-    return mixed
 
 
 @lru_cache(1)
