@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING
 import click
 
 from solollm.commands import console, print_json, print_table
+from solollm.commands.data_progress import print_text
+from solollm.errors import printable
 
 if TYPE_CHECKING:
     from solollm.data.decontamination import Overlap
@@ -54,17 +56,18 @@ def contamination(
     if as_json:
         print_json([_document(overlap) for overlap in found])
         return
-    columns = ("benchmark", "items", f"in {unit}s", "share", "too short to tell")
+    columns = ("benchmark", "items", f"in {unit}s", "share", "not to be told")
     print_table(console(), columns, [_row(overlap) for overlap in found])
     for overlap in found:
         _show_examples(overlap, examples, unit)
 
 
 def _row(overlap: Overlap) -> tuple[str, ...]:
-    total = len(overlap.beginnings)
+    total = overlap.num_items
     return (
         overlap.source, f"{total:,}", f"{len(overlap.held):,}",
-        f"{len(overlap.held) / total:.2%}" if total else "", f"{overlap.num_too_short:,}",
+        f"{len(overlap.held) / total:.2%}" if total else "",
+        f"{overlap.num_too_short + overlap.num_too_common:,}",
     )  # fmt: skip
 
 
@@ -72,16 +75,14 @@ def _show_examples(overlap: Overlap, count: int, unit: str) -> None:
     shown = sorted(overlap.held.items(), key=lambda entry: (-entry[1], entry[0]))[:count]
     for item, documents in shown:
         beginning = " ".join(overlap.beginnings[item].split())[:100]
-        console().print(
-            f"{overlap.source}, in {documents:,} {unit}{'s'[: documents != 1]}: {beginning}",
-            markup=False, emoji=False, soft_wrap=True,
-        )  # fmt: skip
+        count_told = f"{documents:,} {unit}{'s'[: documents != 1]}"
+        print_text(printable(f"{overlap.source}, in {count_told}: {beginning}"))
 
 
 def _document(overlap: Overlap) -> dict[str, object]:
     return {
-        "benchmark": overlap.source, "items": len(overlap.beginnings),
-        "too_short": overlap.num_too_short,
+        "benchmark": overlap.source, "items": overlap.num_items,
+        "too_short": overlap.num_too_short, "too_common": overlap.num_too_common,
         "held": [
             {"item": item, "documents": documents, "beginning": overlap.beginnings[item]}
             for item, documents in sorted(overlap.held.items())

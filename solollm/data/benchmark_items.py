@@ -14,11 +14,11 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
+from solollm.data.blocks import COMPRESSIONS, read_blocks
 from solollm.data.formats import FileKind, file_kind, read_file
-from solollm.data.items import Broken, Document, Item, Limits, excerpt
+from solollm.data.items import Broken, Document, Item, Limits, Unreadable, excerpt
 from solollm.data.sources import check_sources, read_source
 from solollm.errors import ConfigError, DataError
-from solollm.strictfile import read_bytes
 
 # GSM8K, MMLU, ARC and most others: question; MATH: problem; HumanEval, MBPP: prompt; HellaSwag:
 # ctx; PIQA: goal; WinoGrande: sentence; IFEval, LAMBADA: prompt, text.
@@ -26,7 +26,6 @@ ITEM_FIELDS = (
     "question", "problem", "prompt", "ctx", "goal", "sentence", "query", "instruction", "input",
     "text", "content",
 )  # fmt: skip
-_MOST_BYTES = 2**30  # of a CSV file
 
 
 def item_text(row: Mapping[str, Any]) -> str | None:
@@ -63,8 +62,8 @@ def _files(source: str) -> Iterator[Iterator[str]]:
     path = Path(source)
     limits = Limits(text_fields=ITEM_FIELDS)
     if "://" in source or not path.is_dir():
-        is_csv = path.suffix.lower() == ".csv"
-        yield _csv_items(path) if is_csv else _texts(read_source(source, limits))
+        packing = None if "://" in source else _packing_of_csv(path)
+        yield _texts(read_source(source, limits)) if packing is None else _csv_items(path, packing)
         return
     kinds = {file: _kind(file) for file in sorted(path.rglob("*")) if file.is_file()}
     tables = {file: kind for file, kind in kinds.items() if kind and kind.format != "text"}
@@ -72,13 +71,22 @@ def _files(source: str) -> Iterator[Iterator[str]]:
         if kind is None:
             continue
         if kind.format == "csv":
-            yield _csv_items(file)
+            yield _csv_items(file, kind.compression)
         else:
             yield _rows_that_ask(list(read_file(file, file.name, kind, limits)))
 
 
 def _kind(file: Path) -> FileKind | None:
-    return FileKind("csv", "") if file.suffix.lower() == ".csv" else file_kind(file.name)
+    packing = _packing_of_csv(file)
+    return file_kind(file.name) if packing is None else FileKind("csv", packing)
+
+
+def _packing_of_csv(file: Path) -> str | None:
+    """.gz, .zst or empty; None: it is no CSV."""
+    last = file.suffix.lower()
+    packing = last if last in COMPRESSIONS else ""
+    is_csv = (Path(file.stem).suffix.lower() if packing else last) == ".csv"
+    return packing if is_csv else None
 
 
 def _rows_that_ask(items: list[Item]) -> Iterator[str]:
@@ -96,13 +104,15 @@ def _texts(items: Iterator[Item]) -> Iterator[str]:
             yield item.text
 
 
-def _csv_items(path: Path) -> Iterator[str]:
+def _csv_items(path: Path, packing: str) -> Iterator[str]:
     """With the names of columns in the first row, or the question in the first column."""
     try:
-        content = read_bytes(path, max_bytes=_MOST_BYTES).decode("utf-8-sig")
+        content = b"".join(read_blocks(path, packing, Limits())).decode("utf-8-sig")
+    except Unreadable as error:
+        raise _broken(path.name, f"{error.reason} {error.detail}") from error
     except UnicodeDecodeError as error:
         raise _broken(path.name, f"not UTF-8: {error.reason} at byte {error.start}") from error
-    rows = csv.reader(io.StringIO(content, newline=""))
+    rows = csv.reader(io.StringIO(content, newline=""), strict=True)
     try:
         first = next(filter(None, rows), [])
         column = _named_column(first)

@@ -38,6 +38,15 @@ def normalise(text: str) -> str:
     return unicodedata.normalize("NFC", text)
 
 
+def normalised_where_sound(text: str) -> str:
+    """`normalise`, or the text as it is where that has a `Defect`: to compare with corpora, whose
+    texts are normalised."""
+    try:
+        return normalise(text)
+    except Defect:
+        return text
+
+
 def _refuse_defects(text: str) -> None:
     try:
         code_points = np.frombuffer(text.encode("utf-32-le"), "<u4")

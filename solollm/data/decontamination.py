@@ -2,8 +2,9 @@
 
 A text holds an item if 13 words in a row of it are there (Brown et al. 2020, arXiv:2005.14165,
 appendix C), or, of an item of 8 to 12 words, all of it. Case, punctuation and blanks do not count.
-Shorter items cannot be told from other text. A run that more than ten items share is how the
-benchmark asks, not what, and does not count, as there.
+Shorter items cannot be told from other text. A run that more than ten different items share is how
+the benchmark asks, not what, and does not count, as there; an item of such runs alone cannot be
+looked for.
 
 The index holds 30 to 50 bytes per word of the benchmark. What was looked for stays with the corpus
 as hashes (`looked_for`), so that an evaluation can say so of its very items.
@@ -14,6 +15,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import NamedTuple
 
@@ -21,29 +23,34 @@ import numpy as np
 from pydantic import BaseModel, ConfigDict
 
 from solollm.data.benchmark_items import read_items
+from solollm.data.cleaning import normalised_where_sound
 from solollm.data.items import excerpt
 from solollm.data.records import Records
 from solollm.data.screening import LeftOut
 from solollm.data.shingles import Runs, split_words
-from solollm.errors import IntegrityError
+from solollm.errors import IntegrityError, printable
+from solollm.strictfile import read_bytes
 
 CONTAMINATION_NAME = "contamination.jsonl"
 LOOKED_FOR_NAME = "decontaminated.bin"
 WORDS, LEAST_WORDS = 13, 8
 _COMMON = 10  # items that share a run: above, it is a phrase of the benchmark
 _PARTS = ("test", "validation", "val", "dev", "train")
+_MOST_BYTES = 1 << 30  # of the list of hashes
 _ROOM = 16  # entries of the filter per run: most runs of a text are ruled out by one look
 
 
 class Decontaminated(BaseModel):
-    """What was looked for of one benchmark, and what of it was found. `too_short` items are not
-    among `items`; `found` counts items, `texts` the texts that held one of them."""
+    """What was looked for of one benchmark, and what of it was found: `items` are different ones,
+    without those `too_short` or `too_common` to be looked for; `found` counts items, `texts` the
+    texts that held one of them."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     source: str
     items: int
     too_short: int
+    too_common: int = 0
     found: int = 0
     texts: int = 0
 
@@ -58,30 +65,44 @@ class _Width(NamedTuple):
 
 
 class ItemIndex:
-    """Finds the items of a benchmark in texts."""
+    """Finds the items of a benchmark in texts. Equal items are one."""
 
     def __init__(self, texts: Iterable[str]) -> None:
-        self.items: list[str] = []  # the beginnings
+        self.beginnings: list[str] = []
         self.num_too_short = 0
-        digests: list[int] = []
+        digests: dict[int, int] = {}  # of an item -> its number
         runs: dict[int, list[np.ndarray]] = {}
         numbers: dict[int, list[np.ndarray]] = {}
         for text in texts:
-            hashes = split_words(text).hashes
+            hashes = _words(text)
             if len(hashes) < LEAST_WORDS:
                 self.num_too_short += 1
+                continue
+            number = len(digests)
+            if digests.setdefault(_digest(hashes), number) != number:
                 continue
             width = min(WORDS, len(hashes))
             found = np.unique(Runs(hashes).of(width))
             runs.setdefault(width, []).append(found)
-            numbers.setdefault(width, []).append(np.full(len(found), len(self.items), np.uint32))
-            digests.append(_digest(hashes))
-            self.items.append(excerpt(text))
-        self.digests = np.unique(np.array(digests, np.uint64))
+            numbers.setdefault(width, []).append(np.full(len(found), number, np.uint32))
+            self.beginnings.append(excerpt(text))
         self._widths = {
             width: _indexed(np.concatenate(runs[width]), np.concatenate(numbers[width]))
             for width in sorted(runs)
         }
+        kept = [index.items for index in self._widths.values()]
+        findable = set(np.unique(np.concatenate(kept)).tolist()) if kept else set()
+        self.digests = [digest for digest, number in digests.items() if number in findable]
+
+    @property
+    def num_items(self) -> int:
+        """Those that can be found."""
+        return len(self.digests)
+
+    @property
+    def num_too_common(self) -> int:
+        """Those of which every run is one that many items share."""
+        return len(self.beginnings) - len(self.digests)
 
     def find(self, runs: Runs) -> np.ndarray:
         """The numbers of the items that a text of these runs holds, ascending."""
@@ -116,29 +137,26 @@ class Decontamination:
             self._found[name].update(items.tolist())
             self._num_texts[name] += 1
         name, items = next(iter(held.items()))
-        first = self._indices[name].items[int(items[0])]
-        self.records.add(
-            {
-                "source": source, "place": place,
-                "items": {_shown(name): len(items) for name, items in held.items()},
-                "first": first,
-            }
-        )  # fmt: skip
+        first = self._indices[name].beginnings[int(items[0])]
+        counts: Counter[str] = Counter()
+        for benchmark, found in held.items():
+            counts[_shown(benchmark)] += len(found)
+        self.records.add({"source": source, "place": place, "items": counts, "first": first})
         return LeftOut("benchmark item", f"{_shown(name)}: {first[:60]}")
 
     def report(self) -> tuple[Decontaminated, ...]:
         return tuple(
             Decontaminated(
-                source=_shown(source), items=len(index.items), too_short=index.num_too_short,
-                found=len(self._found[source]), texts=self._num_texts[source],
+                source=_shown(source), items=index.num_items, too_short=index.num_too_short,
+                too_common=index.num_too_common, found=len(self._found[source]),
+                texts=self._num_texts[source],
             )
             for source, index in self._indices.items()
         )  # fmt: skip
 
     def looked_for(self) -> bytes:
         """The content of `decontaminated.bin`: little-endian uint64, ascending, one per item."""
-        digests = [index.digests for index in self._indices.values()]
-        return encode_digests(np.concatenate(digests).tolist())
+        return encode_digests(chain.from_iterable(i.digests for i in self._indices.values()))
 
 
 class LookedFor(NamedTuple):
@@ -155,7 +173,7 @@ def looked_for(corpus: Path, texts: Iterable[str]) -> LookedFor:
     known = read_digests(corpus)
     counts = [0, 0, 0]
     for text in texts:
-        hashes = split_words(text).hashes
+        hashes = _words(text)
         if len(hashes) < LEAST_WORDS:
             counts[2] += 1
         else:
@@ -165,30 +183,37 @@ def looked_for(corpus: Path, texts: Iterable[str]) -> LookedFor:
 
 @dataclass(frozen=True)
 class Overlap:
-    """What a corpus's training text holds of one benchmark: `held`, item -> number of documents,
-    for those that one holds; `beginnings` of all items."""
+    """What training text holds of one benchmark: `held`, item -> number of texts, for those that
+    one holds. `num_items` are different ones that can be found."""
 
     source: str
     beginnings: Sequence[str]
+    num_items: int
     num_too_short: int
+    num_too_common: int
     held: Mapping[int, int]
 
 
-def measure_overlap(
-    sources: Sequence[str],
-    texts: Iterable[str],
-) -> tuple[Overlap, ...]:
+def measure_overlap(sources: Sequence[str], texts: Iterable[str]) -> tuple[Overlap, ...]:
     """Which items of benchmarks the texts hold. Raises as `read_items` does."""
     indices = {source: ItemIndex(read_items(source)) for source in sources}
     held: dict[str, Counter[int]] = {source: Counter() for source in sources}
     for text in texts:
-        runs = Runs(split_words(text).hashes)
+        runs = Runs(_words(text))
         for source, index in indices.items():
             held[source].update(index.find(runs).tolist())
     return tuple(
-        Overlap(_shown(source), index.items, index.num_too_short, held[source])
+        Overlap(
+            _shown(source), index.beginnings, index.num_items, index.num_too_short,
+            index.num_too_common, held[source],
+        )
         for source, index in indices.items()
-    )
+    )  # fmt: skip
+
+
+def _words(text: str) -> np.ndarray:
+    """uint64 [words] of a text that is no corpus's yet, spelt as one's are."""
+    return split_words(normalised_where_sound(text)).hashes
 
 
 def _digest(hashes: np.ndarray) -> int:
@@ -220,10 +245,9 @@ def encode_digests(digests: Iterable[int]) -> bytes:
 def read_digests(corpus: Path) -> frozenset[int]:
     """What `decontaminated.bin` holds; nothing, where there is none. Raises IntegrityError."""
     path = corpus / LOOKED_FOR_NAME
-    try:
-        content = path.read_bytes()
-    except FileNotFoundError:
+    if not path.exists():
         return frozenset()
+    content = read_bytes(path, max_bytes=_MOST_BYTES)
     digests = np.frombuffer(content[: len(content) // 8 * 8], "<u8")
     if len(content) % 8 or (digests[1:] <= digests[:-1]).any():
         raise IntegrityError(
@@ -239,4 +263,5 @@ def _shown(source: str) -> str:
         return source
     path = Path(source).resolve()
     says_little = path.stem in _PARTS and path.parent != Path.home()
-    return f"{path.parent.name}/{path.name}" if says_little else path.name
+    name = f"{path.parent.name}/{path.name}" if says_little else path.name
+    return " ".join(printable(name).split())  # a file's name may hold any bytes

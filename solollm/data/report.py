@@ -269,6 +269,8 @@ def _render_decontaminated(benchmark: Decontaminated) -> str:
     )
     if benchmark.too_short:
         told += f"; items too short to be looked for: {benchmark.too_short:,}"
+    if benchmark.too_common:
+        told += f"; of words alone that many items share: {benchmark.too_common:,}"
     return told
 
 

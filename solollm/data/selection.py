@@ -42,10 +42,8 @@ class Selection:
 
     def leave_out_unlike(self, like: Like) -> str:
         """All but the texts that are most like the wanted ones; what it came to, in a sentence.
-        Raises ConfigError if no text is wanted."""
-        wanted, everything = Counts(), Counts()
-        for text in like.texts():
-            wanted.add(text)
+        Raises as `Like.counts`."""
+        wanted, everything = like.counts(), Counts()
         with self._spool.texts() as texts:
             numbers = texts.left
             sizes = texts.sizes[numbers]

@@ -69,4 +69,5 @@ def _of(name: str, rows: Sequence[Mapping[str, Any]], corpus: Path | None) -> Co
         return Contamination(name, "")
     texts = [text for text in map(item_text, rows) if text is not None]
     found = looked_for(corpus, texts)
-    return Contamination(name, corpus.resolve().name, *found)
+    unasked = found.not_looked_for + len(rows) - len(texts)  # rows of fields that are not known
+    return Contamination(name, corpus.resolve().name, *found._replace(not_looked_for=unasked))

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import gzip
 import json
+import os
 import random
+import unicodedata
 from pathlib import Path
 
 import numpy as np
@@ -93,6 +96,52 @@ def test_how_a_benchmark_asks_is_no_item() -> None:
     assert _held(items, items[7]) == [7]
 
 
+def test_items_are_spelt_as_corpora_are(notes: Path, tmp_path: Path) -> None:
+    """Guards a benchmark in NFD: it was never found, and said to have been looked for."""
+    asked = "Où la mère de René a-t-elle caché les clés près du café, après l'été dernier passé?"
+    decomposed = unicodedata.normalize("NFD", asked)
+    assert decomposed != asked
+    (tmp_path / "q.jsonl").write_text(json.dumps({"question": decomposed}) + "\n")
+    (notes / "leak.txt").write_text(f"Dites-moi: {asked}")
+    screening = Screening(decontaminate=[str(tmp_path / "q.jsonl")])
+    report = build_corpus([notes], tmp_path / "c", vocab_size=512, screening=screening)
+    assert report.decontaminated[0].found == 1
+    assert looked_for(tmp_path / "c", [asked, decomposed]) == LookedFor(2, 0, 0)
+    (found,) = measure_overlap([str(tmp_path / "q.jsonl")], [decomposed])
+    assert dict(found.held) == {0: 1}
+    (found,) = measure_overlap([str(tmp_path / "q.jsonl")], ["\ud800 " + asked])
+    assert dict(found.held) == {0: 1}
+
+
+def test_what_cannot_be_looked_for_is_not_said_to_be(notes: Path, tmp_path: Path) -> None:
+    """Guards items that differ in their last word alone, and one that stands there many times."""
+    shared = "Of these two statements about rings and fields which is true and which is false now"
+    rows = [f"{shared}: {n}" for n in range(12)] + [QUESTION] * 12
+    # Their last runs are of their own; without them nothing is.
+    rows += [" ".join(shared.split()[:13])]
+    (tmp_path / "q.jsonl").write_text("".join(json.dumps({"question": q}) + "\n" for q in rows))
+    (notes / "leak.txt").write_text(f"He said: {shared}.")
+    screening = Screening(decontaminate=[str(tmp_path / "q.jsonl")])
+    report = build_corpus([notes], tmp_path / "c", vocab_size=512, screening=screening)
+    (found,) = report.decontaminated
+    assert (found.items, found.too_common, found.found) == (13, 1, 1)  # the forum's question
+    assert "of words alone that many items share: 1" in render_report(report)
+    assert looked_for(tmp_path / "c", rows) == LookedFor(24, 1, 0)
+    assert "He said" in "\n".join(
+        text for split in ("train", "validation") for text in document_texts(tmp_path / "c", split)
+    )
+
+
+def test_names_of_any_bytes(notes: Path, tmp_path: Path) -> None:
+    """Guards a traceback, and the report's lines."""
+    path = tmp_path / os.fsdecode(b"q\xff\n\x1b[2J.jsonl")
+    path.write_text(json.dumps({"question": QUESTION}) + "\n")
+    screening = Screening(decontaminate=[str(path)])
+    report = build_corpus([notes], tmp_path / "c", vocab_size=512, screening=screening)
+    assert report.decontaminated[0].source == "q\ufffd \ufffd[2J.jsonl"
+    assert report.decontaminated[0].found == 1
+
+
 @pytest.fixture
 def notes(tmp_path: Path) -> Path:
     folder = tmp_path / "notes"
@@ -168,6 +217,9 @@ def test_formats_that_benchmarks_come_in(tmp_path: Path) -> None:
     bare.write_text('"First, this?",a,b,c,d,A\nSecond?,a,b,c,d,B\n')
     assert list(read_items(str(named))) == ["Who, then?", "two\nlines"]
     assert list(read_items(str(bare))) == ["First, this?", "Second?"]
+    packed = tmp_path / "packed.csv.gz"
+    packed.write_bytes(gzip.compress(named.read_bytes()))
+    assert list(read_items(str(packed))) == ["Who, then?", "two\nlines"]
     array = tmp_path / "a.json"
     array.write_text(json.dumps([{"problem": "p"}, {"prompt": "q", "canonical_solution": "r"}]))
     assert list(read_items(str(array))) == ["p", "q"]
@@ -177,7 +229,8 @@ def test_formats_that_benchmarks_come_in(tmp_path: Path) -> None:
     (folder / "dataset_infos.json").write_text('{"default": {"splits": 3}}')
     (folder / "data" / "x_test.csv").write_text("question\nOne?\n")
     (folder / "data" / "y.jsonl").write_text('{"ctx": "two"}\n')
-    assert list(read_items(str(folder))) == ["One?", "two"]
+    (folder / "data" / "z.csv.gz").write_bytes(gzip.compress(b"question\nthree\n"))
+    assert list(read_items(str(folder))) == ["One?", "two", "three"]
     (tmp_path / "texts").mkdir()
     (tmp_path / "texts" / "held.txt").write_text("a text")
     assert list(read_items(str(tmp_path / "texts"))) == ["a text"]
@@ -192,7 +245,9 @@ def test_formats_that_benchmarks_come_in(tmp_path: Path) -> None:
         ("a.csv", b"id,question\n1,one\n2\n", r"a.csv line 3: the question is missing"),
         ("a.csv", b"question\n\xff\xfe\n", r"not UTF-8"),
         ("a.csv", b"question\n" + b"x" * 200_000 + b"\n", r"field larger than field limit"),
+        ("a.csv", b'question\n"one\ntwo\nthree\n', r"unexpected end of data"),
         ("a.jsonl.gz", b"no archive", r"a.jsonl.gz"),
+        ("a.csv.gz", b"no archive", r"a.csv.gz: damaged compression"),
     ],
 )
 def test_a_broken_benchmark_ends_the_build(

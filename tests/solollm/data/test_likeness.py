@@ -15,6 +15,7 @@ from solollm.data.likeness import Counts, Like, choose, features, score
 from solollm.data.report import CorpusReport, render_report
 from solollm.data.shingles import split_words
 from solollm.errors import ConfigError
+from solollm.strictfile import strict_json
 
 LAW = ["court", "judge", "plaintiff", "defendant", "duty", "contract", "breach", "appeal"]
 SEA = ["harbour", "tide", "sailor", "mast", "anchor", "wave", "storm", "keel", "rope", "deck"]
@@ -85,7 +86,7 @@ def test_scores_are_means_of_log_ratios() -> None:
     assert ratios[features("c")[0]] == pytest.approx(expected(0, 3, 1, 8))
     assert score("a", ratios) == pytest.approx(ratios[first])
     assert score("a b", ratios) == pytest.approx(ratios[features("a b")].mean())
-    assert score("?!", ratios) == -np.inf
+    assert score("?!", ratios) == ratios.min() < 0
     assert split_words("a").hashes[0] >> np.uint64(48) == first
 
 
@@ -128,4 +129,16 @@ def test_settings_and_sources_that_cannot_be_used(folder: Path, tmp_path: Path) 
         Like([str(tmp_path / "nowhere")])
     with pytest.raises(ConfigError, match="holds no text"):
         _build(folder, tmp_path / "c", like=Like([str(tmp_path / "empty")]))
+    (tmp_path / "empty" / "dots.txt").write_text("... !!!")
+    with pytest.raises(ConfigError, match="holds no text"):
+        _build(folder, tmp_path / "c", like=Like([str(tmp_path / "empty")]))
     assert not (tmp_path / "c").exists()
+
+
+def test_texts_without_words_are_recorded_as_json(folder: Path, tmp_path: Path) -> None:
+    """Guards `-Infinity`, which is no JSON."""
+    (folder / "dots.txt").write_text("... !!!")
+    _build(folder, tmp_path / "c", like=Like([str(tmp_path / "own")], 0.5))
+    lines = (tmp_path / "c" / "unlike.jsonl").read_text().splitlines()
+    records = [strict_json(line.encode()) for line in lines]
+    assert any(record["beginning"] == "... !!!" for record in records)

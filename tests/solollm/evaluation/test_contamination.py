@@ -69,6 +69,7 @@ def test_items_that_were_looked_for(run: Path) -> None:
     assert "hold one of 6 of these items; 1 nobody looked for" in mixed.sentence
     assert "nobody has looked for" in _of(run, OTHER).sentence
     assert "too short" in _of(run, SHORT).sentence
+    assert "nobody has looked for" in _of(run, {"premise": "Unknown fields ask nothing."}).sentence
 
 
 def test_a_corpus_that_is_not_the_runs_tells_nothing(
